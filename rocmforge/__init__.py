@@ -1,3 +1,19 @@
 """ROCmForge: a paged key/value cache for large language models, on AMD GPUs and on CPUs."""
 
 __version__ = "0.1.0"
+
+try:
+    from rocmforge.block_allocator import BlockAllocator
+    from rocmforge.errors import RocmForgeError
+    from rocmforge.kv_cache_manager import Batch, KVCacheManager
+    from rocmforge.page_table import PageTable
+except ModuleNotFoundError as error:
+    if error.name is None or not error.name.startswith("rocmforge."):
+        raise
+    raise ImportError(
+        f"{error.name} is not built: this is ROCmForge's source tree, not an installed package. "
+        "Run `pip install .` (or `pip install -e .`) in it, and start Python elsewhere or with "
+        "`pytest --import-mode=importlib`."
+    ) from error
+
+__all__ = ["Batch", "BlockAllocator", "KVCacheManager", "PageTable", "RocmForgeError"]

@@ -1,0 +1,539 @@
+# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python, boundscheck=False, wraparound=False, initializedcheck=False
+"""The page table: (sequence id, token position) -> (block id, offset)."""
+
+cimport cython
+cimport numpy as cnp
+from libc.stdint cimport INT32_MAX, INT64_MAX, int32_t, int64_t, uint64_t
+from libc.string cimport memcmp, memcpy, memset
+
+from rocmforge._core cimport (
+    RF_ERR_NO_MEMORY, RF_NO_BLOCK, RF_NO_ROW, RF_OK, as_int, as_int_array, as_out, as_sequence_id,
+    rf_alloc_fail_after, rf_free, rf_id_map_add, rf_id_map_find, rf_id_map_free, rf_id_map_init,
+    rf_id_map_remove, rf_id_map_reserve, rf_id_map_validate, rf_realloc)
+
+import numpy as np
+
+from rocmforge.errors import UnknownSequenceError
+
+cnp.import_array()
+
+
+def _fail_allocation(n: int) -> int:
+    """Make the n-th allocation of metadata memory from now fail, once; 0 turns it off. For tests.
+
+    Returns what was left of the former countdown: 0 when its failure has happened.
+    """
+    return rf_alloc_fail_after(as_int(n, "n", 0, 1 << 62))
+
+
+cdef class PageTable:
+    """Which physical block holds which token positions of which sequence.
+
+    A sequence is a list of block ids; block ``i`` of the list holds the positions
+    ``i * block_size .. (i + 1) * block_size - 1``. Look-ups and appends are O(1). The table keeps
+    4 bytes a block and a few dozen a sequence, with no Python object for either.
+
+    Parameters
+    ----------
+    block_size : int
+        Tokens in a block, from 1 up.
+
+    Raises
+    ------
+    ValueError
+        If `block_size` is below 1 or above 2**31 - 1.
+
+    Notes
+    -----
+    Sequence ids are any unsigned 64-bit integers. A method that raises has changed nothing.
+    """
+
+    def __cinit__(self, block_size=16):
+        rf_id_map_init(&self.map)
+        self.block_size = <int> as_int(block_size, "block_size", 1, INT32_MAX)
+
+    def __dealloc__(self):
+        cdef int32_t row
+        for row in range(min(self.map.num_rows, self.lists_capacity)):
+            rf_free(self.lists[row].ids)
+        rf_free(self.lists)
+        rf_id_map_free(&self.map)
+
+    @classmethod
+    def with_block_size(cls, block_size):
+        """A new table whose blocks hold `block_size` tokens."""
+        return cls(block_size)
+
+    # ---- C level: reserve first, then change without a possible failure ----
+
+    cdef int reserve_row(self) noexcept:
+        """Make room for one more sequence."""
+        cdef BlockList *lists
+        if rf_id_map_reserve(&self.map) != RF_OK:
+            return RF_ERR_NO_MEMORY
+        if self.lists_capacity < self.map.row_capacity:
+            lists = <BlockList *> rf_realloc(self.lists, self.map.row_capacity * sizeof(BlockList))
+            if lists == NULL:
+                return RF_ERR_NO_MEMORY
+            self.lists = lists
+            self.lists_capacity = self.map.row_capacity
+        return RF_OK
+
+    cdef int32_t add_row(self, uint64_t sequence_id) noexcept:
+        """Add a sequence without blocks, after `reserve_row`, and return its row."""
+        cdef int32_t row = rf_id_map_add(&self.map, sequence_id)
+        memset(&self.lists[row], 0, sizeof(BlockList))
+        return row
+
+    cdef int reserve_blocks(self, int32_t row, int32_t extra) noexcept:
+        """Make room for `extra` more blocks of a sequence."""
+        cdef BlockList *blocks = &self.lists[row]
+        cdef int64_t needed = <int64_t> blocks.num + extra, capacity
+        cdef int32_t *ids
+        if needed <= blocks.capacity:
+            return RF_OK
+        if needed > INT32_MAX - 16:
+            return RF_ERR_NO_MEMORY
+        # An eighth more keeps appends O(1) and the slack below half a byte a block. The size is
+        # rounded to what a 16-byte aligned allocator with an 8-byte header hands out anyway.
+        capacity = max(6, needed, blocks.capacity + blocks.capacity // 8)
+        capacity = min((capacity + 1) // 4 * 4 + 2, INT32_MAX)
+        ids = <int32_t *> rf_realloc(blocks.ids, <size_t> capacity * sizeof(int32_t))
+        if ids == NULL:
+            return RF_ERR_NO_MEMORY
+        blocks.ids = ids
+        blocks.capacity = <int32_t> capacity
+        return RF_OK
+
+    cdef void push_blocks(self, int32_t row, const int32_t *ids, int32_t n) noexcept:
+        """Append blocks to a sequence, after `reserve_blocks`."""
+        cdef BlockList *blocks = &self.lists[row]
+        if n:
+            memcpy(blocks.ids + blocks.num, ids, n * sizeof(int32_t))
+        blocks.num += n
+
+    cdef void drop_row(self, uint64_t sequence_id) noexcept:
+        """Remove a sequence that is in the table."""
+        cdef int32_t row = rf_id_map_remove(&self.map, sequence_id)
+        rf_free(self.lists[row].ids)
+        memset(&self.lists[row], 0, sizeof(BlockList))
+
+    cdef int32_t find(self, object sequence_id) except -2:
+        return rf_id_map_find(&self.map, as_sequence_id(sequence_id))
+
+    cdef int32_t require(self, object sequence_id) except -2:
+        cdef int32_t row = self.find(sequence_id)
+        if row == RF_NO_ROW:
+            raise UnknownSequenceError(f"sequence {sequence_id} is not in the page table")
+        return row
+
+    cdef int check_writable(self) except -1:
+        if self.read_only:
+            raise ValueError("this page table belongs to a cache and is read-only: use copy()")
+        return 0
+
+    # ---- one sequence ----
+
+    cdef int32_t append(self, uint64_t sequence_id, const int32_t *ids, int32_t n) except -2:
+        """Append blocks, adding the sequence if it is new; returns the first index."""
+        cdef int32_t row = rf_id_map_find(&self.map, sequence_id), first
+        cdef bint is_new = row == RF_NO_ROW
+        if is_new:
+            if self.reserve_row() != RF_OK:
+                raise MemoryError("no memory for a sequence of the page table")
+            row = self.add_row(sequence_id)
+        if self.reserve_blocks(row, n) != RF_OK:
+            if is_new:
+                self.drop_row(sequence_id)
+            raise MemoryError(f"no memory for {n} blocks of the page table")
+        first = self.lists[row].num
+        self.push_blocks(row, ids, n)
+        return first
+
+    def append_block(self, sequence_id, block_id):
+        """Give a block to a sequence, behind its last one; a new sequence begins with it.
+
+        Parameters
+        ----------
+        sequence_id : int
+            Any unsigned 64-bit integer.
+        block_id : int
+            Physical block, 0 .. 2**31 - 1.
+
+        Returns
+        -------
+        int
+            The index of the block in its sequence.
+        """
+        self.check_writable()
+        cdef uint64_t key = as_sequence_id(sequence_id)
+        cdef int32_t block = <int32_t> as_int(block_id, "block_id", 0, INT32_MAX)
+        return self.append(key, &block, 1)
+
+    def append_blocks(self, sequence_id, block_ids):
+        """Give several blocks to a sequence, in order; all or none.
+
+        Parameters
+        ----------
+        sequence_id : int
+            Any unsigned 64-bit integer. With no block ids, a new sequence is added without blocks.
+        block_ids : sequence of int or integer array ``[n]``
+            Physical blocks, each 0 .. 2**31 - 1.
+
+        Returns
+        -------
+        int
+            The index of the first of them in the sequence.
+        """
+        self.check_writable()
+        cdef uint64_t key = as_sequence_id(sequence_id)
+        cdef cnp.ndarray ids = as_int_array(block_ids, "block_ids", cnp.NPY_INT32)
+        cdef const int32_t *data = <const int32_t *> cnp.PyArray_DATA(ids)
+        cdef Py_ssize_t i, n = cnp.PyArray_SIZE(ids)
+        for i in range(n):
+            if data[i] < 0:
+                raise ValueError(f"block_ids[{i}]: expected 0 .. {INT32_MAX}, got {data[i]}")
+        if n > INT32_MAX:
+            raise ValueError(f"block_ids: expected at most {INT32_MAX} blocks, got {n}")
+        return self.append(key, data, <int32_t> n)
+
+    def set_block(self, sequence_id, index, block_id):
+        """Put another physical block at an index that the sequence has, as copy-on-write does.
+
+        Raises
+        ------
+        UnknownSequenceError
+            If the sequence is not in the table.
+        ValueError
+            If the sequence has no block of this index, or `block_id` is out of range.
+        """
+        self.check_writable()
+        cdef int32_t row = self.require(sequence_id)
+        cdef int32_t block = <int32_t> as_int(block_id, "block_id", 0, INT32_MAX)
+        if self.lists[row].num == 0:
+            raise ValueError(f"index: sequence {sequence_id} has no blocks")
+        cdef int64_t i = as_int(index, "index", 0, self.lists[row].num - 1)
+        self.lists[row].ids[i] = block
+
+    def truncate(self, sequence_id, num_blocks):
+        """Keep the first `num_blocks` blocks of a sequence and return the ids of the others.
+
+        Returns
+        -------
+        numpy.ndarray
+            int32 ``[n]``: the blocks taken off, in the order of their positions.
+
+        Raises
+        ------
+        UnknownSequenceError
+            If the sequence is not in the table.
+        ValueError
+            If `num_blocks` is negative or more than the sequence has.
+        """
+        self.check_writable()
+        cdef int32_t row = self.require(sequence_id)
+        cdef BlockList *blocks = &self.lists[row]
+        cdef int32_t keep = <int32_t> as_int(num_blocks, "num_blocks", 0, blocks.num)
+        cdef cnp.npy_intp n = blocks.num - keep
+        cdef cnp.ndarray removed = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT32)
+        if n:
+            memcpy(cnp.PyArray_DATA(removed), blocks.ids + keep, n * sizeof(int32_t))
+        blocks.num = keep
+        return removed
+
+    def remove_sequence(self, sequence_id):
+        """Forget a sequence; False when it is not in the table."""
+        self.check_writable()
+        cdef uint64_t key = as_sequence_id(sequence_id)
+        if rf_id_map_find(&self.map, key) == RF_NO_ROW:
+            return False
+        self.drop_row(key)
+        return True
+
+    def get_block_for_position(self, sequence_id, token_pos):
+        """The block and the offset in it that hold a token position.
+
+        Returns
+        -------
+        tuple of (int, int) or None
+            ``(block_id, offset)``; None for an unknown sequence, or a position past its blocks.
+
+        Raises
+        ------
+        ValueError
+            If `token_pos` is negative.
+        """
+        cdef int32_t row = self.find(sequence_id)
+        cdef int64_t position = as_int(token_pos, "token_pos", 0, INT64_MAX)
+        cdef int64_t index = position // self.block_size
+        if row == RF_NO_ROW or index >= self.lists[row].num or self.lists[row].ids[index] < 0:
+            return None
+        return self.lists[row].ids[index], position - index * self.block_size
+
+    def get_sequence_blocks(self, sequence_id):
+        """All blocks of a sequence as a list of ``(block_id, block_index)``; None if unknown."""
+        cdef int32_t row = self.find(sequence_id), i
+        if row == RF_NO_ROW:
+            return None
+        cdef BlockList *blocks = &self.lists[row]
+        return [(blocks.ids[i], i) for i in range(blocks.num)]
+
+    def block_ids(self, sequence_id, out=None):
+        """The block ids of a sequence as an array; a copy.
+
+        Parameters
+        ----------
+        sequence_id : int
+            A sequence of the table.
+        out : numpy.ndarray, optional
+            int32, one-dimensional, contiguous, with room for at least all blocks.
+
+        Returns
+        -------
+        numpy.ndarray
+            int32 ``[num_blocks]``; with `out`, the filled part of it.
+
+        Raises
+        ------
+        UnknownSequenceError
+            If the sequence is not in the table.
+        ValueError
+            If `out` has another dtype or too little room.
+        """
+        cdef int32_t row = self.require(sequence_id)
+        cdef BlockList *blocks = &self.lists[row]
+        cdef cnp.npy_intp n = blocks.num
+        cdef cnp.ndarray result
+        if out is None:
+            result = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT32)
+        else:
+            if cnp.PyArray_Check(out) and out.ndim == 1 and out.shape[0] > n:
+                out = out[:n]
+            result = as_out(out, "out", cnp.NPY_INT32, (n,))
+        if n:
+            memcpy(cnp.PyArray_DATA(result), blocks.ids, n * sizeof(int32_t))
+        return result
+
+    # ---- batches ----
+
+    def slot_mapping(self, sequence_ids, positions, out=None):
+        """The slots of many token positions: block id x block size + offset.
+
+        Parameters
+        ----------
+        sequence_ids : sequence of int, or uint64 or non-negative int64 array ``[n]``
+            The sequence of each position.
+        positions : sequence of int or integer array ``[n]``
+            Token positions; a negative one is padding and gives -1.
+        out : numpy.ndarray, optional
+            int64 ``[n]``, contiguous.
+
+        Returns
+        -------
+        numpy.ndarray
+            int64 ``[n]``.
+
+        Raises
+        ------
+        UnknownSequenceError
+            If a sequence is not in the table.
+        ValueError
+            If a position is past the blocks of its sequence, or the lengths differ.
+        """
+        cdef cnp.ndarray ids = as_int_array(
+            sequence_ids, "sequence_ids",
+            cnp.NPY_INT64 if _is_int64(sequence_ids) else cnp.NPY_UINT64)
+        cdef cnp.ndarray where = as_int_array(positions, "positions", cnp.NPY_INT64)
+        cdef cnp.npy_intp n = cnp.PyArray_SIZE(ids), i
+        if cnp.PyArray_SIZE(where) != n:
+            raise ValueError(f"positions: expected {n} as in sequence_ids, got {where.size}")
+        cdef const uint64_t *id = <const uint64_t *> cnp.PyArray_DATA(ids)
+        cdef const int64_t *position = <const int64_t *> cnp.PyArray_DATA(where)
+        cdef cnp.ndarray result
+        cdef int64_t *slot
+        cdef int64_t begin, end, base, index
+        cdef uint64_t last = 0
+        cdef int32_t row = RF_NO_ROW
+        # Two passes, so that a caller's buffer stays untouched when a position is wrong.
+        for i in range(n):
+            if row == RF_NO_ROW or id[i] != last:
+                last = id[i]
+                row = rf_id_map_find(&self.map, last)
+                if row == RF_NO_ROW:
+                    raise UnknownSequenceError(
+                        f"sequence_ids[{i}]: sequence {ids[i]} is not in the page table")
+                end = <int64_t> self.lists[row].num * self.block_size
+            if position[i] >= end:
+                raise ValueError(f"positions[{i}]: sequence {ids[i]} has slots for {end} tokens, "
+                                 f"got position {position[i]}")
+        if out is None:
+            result = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT64)
+        else:
+            result = as_out(out, "out", cnp.NPY_INT64, (n,))
+        slot = <int64_t *> cnp.PyArray_DATA(result)
+        row = RF_NO_ROW
+        begin = end = base = 0
+        for i in range(n):
+            # [begin, end) are the positions of the current block: most tokens need no division
+            if row == RF_NO_ROW or id[i] != last:
+                last = id[i]
+                row = rf_id_map_find(&self.map, last)
+                begin = end = 0
+            if position[i] < begin or position[i] >= end:
+                if position[i] < 0:
+                    slot[i] = -1
+                    continue
+                index = position[i] // self.block_size
+                begin = index * self.block_size
+                if self.lists[row].ids[index] < 0:  # released: reads and writes skip it
+                    slot[i] = -1
+                    end = begin
+                    continue
+                end = begin + self.block_size
+                base = <int64_t> self.lists[row].ids[index] * self.block_size - begin
+            slot[i] = base + position[i]
+        return result
+
+    def block_table(self, sequence_ids, pad=-1, out=None):
+        """The block ids of several sequences as one dense array, as attention kernels take it.
+
+        Parameters
+        ----------
+        sequence_ids : sequence of int
+            Sequences of the table, in the order of the rows.
+        pad : int
+            Fills a row behind the sequence's blocks.
+        out : numpy.ndarray, optional
+            int32 ``[n, m]``, contiguous; ``m`` at least the most blocks of a sequence.
+
+        Returns
+        -------
+        numpy.ndarray
+            int32 ``[n, max_blocks]``.
+
+        Raises
+        ------
+        UnknownSequenceError
+            If a sequence is not in the table.
+        ValueError
+            If `out` has another dtype or too little room, or `pad` is no int32.
+        """
+        cdef list rows = [self.require(sequence_id) for sequence_id in sequence_ids]
+        cdef int32_t filler = <int32_t> as_int(pad, "pad", -INT32_MAX - 1, INT32_MAX)
+        cdef int32_t row, num, widest = 0
+        cdef Py_ssize_t i, j, n = len(rows), width
+        cdef int32_t *target
+        for row in rows:
+            widest = max(widest, self.lists[row].num)
+        width = widest
+        if out is None:
+            result = np.empty((n, width), np.int32)
+        else:
+            if cnp.PyArray_Check(out) and out.ndim == 2 and out.shape[1] > width:
+                width = out.shape[1]
+            result = as_out(out, "out", cnp.NPY_INT32, (n, width))
+        target = <int32_t *> cnp.PyArray_DATA(<cnp.ndarray> result)
+        for i in range(n):
+            row = rows[i]
+            num = self.lists[row].num
+            if num:
+                memcpy(target, self.lists[row].ids, num * sizeof(int32_t))
+            for j in range(num, width):
+                target[j] = filler
+            target += width
+        return result
+
+    # ---- the whole table ----
+
+    def num_sequences(self):
+        """How many sequences the table holds."""
+        return self.map.num_ids
+
+    def sequence_ids(self):
+        """The ids of all sequences as a uint64 array ``[num_sequences]``, in no promised order."""
+        return np.fromiter((id for id, _ in self._items()), np.uint64, self.map.num_ids)
+
+    def _items(self):
+        """Pairs (sequence id, row) of all sequences, by row."""
+        cdef int32_t row
+        found = []
+        for row in range(self.map.num_rows):
+            # a free row's id is a link, which may look like an id: only its own row counts
+            if rf_id_map_find(&self.map, self.map.ids[row]) == row:
+                found.append((self.map.ids[row], row))
+        return found
+
+    @property
+    def nbytes(self):
+        """Bytes of memory that the table holds, without the object itself."""
+        cdef int64_t total = 0
+        cdef int32_t row
+        for row in range(self.map.num_rows):
+            total += self.lists[row].capacity * sizeof(int32_t)
+        return (total + self.lists_capacity * sizeof(BlockList)
+                + self.map.row_capacity * sizeof(uint64_t) + self.map.num_slots * sizeof(int32_t))
+
+    def copy(self):
+        """An independent table with the same sequences and blocks; writable."""
+        cdef PageTable other = PageTable(self.block_size)
+        cdef int32_t row
+        for sequence_id, row in self._items():
+            other.append(sequence_id, self.lists[row].ids, self.lists[row].num)
+        return other
+
+    def __copy__(self):
+        return self.copy()
+
+    def __deepcopy__(self, memo):
+        return self.copy()
+
+    def __len__(self):
+        return self.map.num_ids
+
+    def __contains__(self, sequence_id):
+        return self.find(sequence_id) != RF_NO_ROW
+
+    def __eq__(self, other):
+        if not isinstance(other, PageTable):
+            return NotImplemented
+        cdef PageTable that = other
+        cdef int32_t mine, theirs
+        if self.block_size != that.block_size or self.map.num_ids != that.map.num_ids:
+            return False
+        for sequence_id, mine in self._items():
+            theirs = rf_id_map_find(&that.map, sequence_id)
+            if theirs == RF_NO_ROW or self.lists[mine].num != that.lists[theirs].num:
+                return False
+            if self.lists[mine].num and memcmp(self.lists[mine].ids, that.lists[theirs].ids,
+                                               self.lists[mine].num * sizeof(int32_t)):
+                return False
+        return True
+
+    __hash__ = None
+
+    def __repr__(self):
+        cdef int64_t total = 0
+        cdef int32_t row
+        for row in range(self.map.num_rows):
+            total += self.lists[row].num
+        return (f"PageTable(block_size={self.block_size}, num_sequences={self.map.num_ids}, "
+                f"num_blocks={total})")
+
+    def check_integrity(self):
+        """Prove that the table's structures agree; raises AssertionError with a sentence if not."""
+        cdef const char *reason
+        cdef int32_t row
+        if rf_id_map_validate(&self.map, &reason) != RF_OK:
+            raise AssertionError(reason.decode())
+        live = {row for _, row in self._items()}
+        if len(live) != self.map.num_ids:
+            raise AssertionError("the rows of sequences differ from their number")
+        for row in range(self.map.num_rows):
+            if row not in live and (self.lists[row].num or self.lists[row].ids != NULL):
+                raise AssertionError(f"row {row} has blocks and no sequence")
+            if self.lists[row].num > self.lists[row].capacity or self.lists[row].num < 0:
+                raise AssertionError(f"row {row} holds more blocks than it has room for")
+
+
+cdef bint _is_int64(object values):
+    return cnp.PyArray_Check(values) and cnp.PyArray_TYPE(<cnp.ndarray> values) == cnp.NPY_INT64

@@ -1,0 +1,84 @@
+/* The physical blocks: which are free, who holds how many references, which are kept for reuse.
+ *
+ * A block is in one of three states:
+ *   free   nobody holds it and its contents are worthless
+ *   used   ref_count > 0
+ *   kept   nobody holds it, but its contents may be wanted again: on the LRU list, oldest first
+ * and free + kept + used == num_blocks at all times. Allocation takes free blocks first and then
+ * evicts kept ones in LRU order. This file and block_pool.c are the only place that decides which.
+ *
+ * Every operation is O(1) a block. A call that fails leaves the pool and its outputs untouched.
+ * No operation allocates memory after init. Not thread-safe: the caller holds a lock.
+ * Decisions depend on the calls made and on nothing else: last_use is a count of calls, not a time. */
+#ifndef RF_BLOCK_POOL_H
+#define RF_BLOCK_POOL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "rf/status.h"
+
+#define RF_NO_BLOCK INT32_C(-1)
+
+enum {
+    RF_BLOCK_KEPT = 1u,    /* on the LRU list */
+    RF_BLOCK_EVICTED = 2u, /* listed in `evicted` already */
+    RF_BLOCK_MARKED = 4u,  /* seen by the running call; never set between calls */
+};
+
+typedef struct rf_block {
+    int32_t ref_count; /* holders; 0 when free or kept */
+    int32_t prev;      /* older neighbour on the LRU list; meaningful only while kept */
+    int32_t next;      /* newer neighbour, likewise */
+    uint32_t flags;    /* RF_BLOCK_... */
+    uint64_t last_use; /* the pool's clock when last allocated, shared or released; 0 is never */
+} rf_block;
+
+typedef struct rf_block_pool {
+    rf_block *blocks;     /* [num_blocks], zeroed lazily by the operating system */
+    int32_t *free_ids;    /* [num_blocks], a stack of blocks that were used and are free again */
+    int32_t *evicted;     /* [num_blocks], blocks evicted since the last take, each once */
+    int32_t num_blocks;   /* fixed for life */
+    int32_t num_recycled; /* height of free_ids */
+    int32_t next_fresh;   /* blocks from here on were never used: they need no list */
+    int32_t num_kept;     /* length of the LRU list */
+    int32_t num_evicted;  /* filled part of evicted */
+    int32_t lru_oldest;   /* ends of the LRU list, RF_NO_BLOCK when it is empty */
+    int32_t lru_newest;
+    uint64_t clock;           /* counts calls that use blocks */
+    uint64_t total_evictions; /* for statistics */
+} rf_block_pool;
+
+/* num_blocks is 0 .. INT32_MAX. The pool must be freed by rf_block_pool_free, also after a failure. */
+RF_API int rf_block_pool_init(rf_block_pool *pool, int64_t num_blocks);
+RF_API void rf_block_pool_free(rf_block_pool *pool);
+
+/* Takes n blocks, each with one reference. RF_ERR_OUT_OF_BLOCKS when free + kept < n. */
+RF_API int rf_block_pool_allocate(rf_block_pool *pool, int32_t n, int32_t *ids);
+
+/* Adds a reference to a used block, or revives a kept one. *bad is the index of the first offender. */
+RF_API int rf_block_pool_ref(rf_block_pool *pool, const int32_t *ids, int32_t n, int32_t *bad);
+
+/* Drops a reference of each block, in the order given. One that nobody holds any longer becomes
+ * free, or with keep the newest of the kept. *bad is the index of the first offender: out of range,
+ * not in use, or the second occurrence of an id in this call. */
+RF_API int rf_block_pool_release(rf_block_pool *pool, const int32_t *ids, int32_t n, int keep,
+                                 int32_t *bad);
+
+/* Moves the list of evicted blocks to ids, which has room for num_evicted; returns their number. */
+RF_API int32_t rf_block_pool_take_evicted(rf_block_pool *pool, int32_t *ids);
+
+/* RF_OK, or RF_ERR_BAD_ARGUMENT with a sentence in *reason. O(num_blocks), every walk bounded. */
+RF_API int rf_block_pool_validate(const rf_block_pool *pool, const char **reason);
+
+/* Blocks on the free list or never used. */
+static inline int32_t rf_block_pool_num_free(const rf_block_pool *pool) {
+    return pool->num_recycled + (pool->num_blocks - pool->next_fresh);
+}
+
+/* What an allocation can have at most. */
+static inline int32_t rf_block_pool_num_available(const rf_block_pool *pool) {
+    return rf_block_pool_num_free(pool) + pool->num_kept;
+}
+
+#endif
