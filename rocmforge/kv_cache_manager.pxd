@@ -29,6 +29,8 @@ cdef class Batch:
     cdef Item *items       # [num_sequences]
     cdef int32_t num_sequences
     cdef readonly bint committed
+    cdef object written    # bytearray [num_layers]: the layers that KVCache.write has done, or None
+    cdef int unwritten     # layers that it has not
 
 
 cdef class KVCacheManager:
@@ -50,4 +52,5 @@ cdef class KVCacheManager:
     cdef int grow_table(self, int64_t rows, int64_t columns) except -1
     cdef int64_t plan(self, Batch batch, int32_t *num_copies) except -1
     cdef void apply(self, Batch batch) noexcept
+    cdef int32_t first_gap(self, Batch batch) noexcept
     cdef int check_batch(self, object batch) except -1

@@ -484,6 +484,10 @@ cdef class KVCacheManager:
                 copies[0] = source
                 copies[1] = blocks.ids[index]
                 copies += 2
+                if self.sequences[item.row].committed < item.start:
+                    # Earlier batches that are not written yet point into the block just left.
+                    self.versions += 1
+                    self.sequences[item.row].version = item.version = self.versions
             if item.new_blocks:
                 rf_block_pool_allocate(pool, item.new_blocks, blocks.ids + blocks.num)
                 memcpy(table + item.row * columns + blocks.num, blocks.ids + blocks.num,
@@ -512,7 +516,7 @@ cdef class KVCacheManager:
         self.changes += 1
 
     cdef int check_batch(self, object batch) except -1:
-        """Refuse a batch that is not of this cache, or whose sequences are gone."""
+        """Refuse a batch that is not of this cache, or whose slots are no longer its sequences'."""
         cdef int32_t i
         cdef Batch b
         if not isinstance(batch, Batch):
@@ -522,8 +526,17 @@ cdef class KVCacheManager:
             raise ValueError("batch: it was made by another cache")
         for i in range(b.num_sequences):
             if self.sequences[b.items[i].row].version != b.items[i].version:
-                raise ValueError(f"batch: stale, sequence {b.sequence_ids[i]} was freed since")
+                raise ValueError(f"batch: stale, sequence {b.sequence_ids[i]} was freed since, or "
+                                 "left a shared block that the batch writes to")
         return 0
+
+    cdef int32_t first_gap(self, Batch batch) noexcept:
+        """The first sequence of which the batch is not the next to commit; their number if none."""
+        cdef int32_t i
+        for i in range(batch.num_sequences):
+            if self.sequences[batch.items[i].row].committed != batch.items[i].start:
+                return i
+        return batch.num_sequences
 
     def commit(self, batch):
         """Say that the keys and values of a batch are written, in all layers.
@@ -548,17 +561,38 @@ cdef class KVCacheManager:
         b = <Batch> batch
         if b.committed:
             raise ValueError("batch: it was committed already")
-        for i in range(b.num_sequences):
+        i = self.first_gap(b)
+        if i < b.num_sequences:
             item = &b.items[i]
-            if self.sequences[item.row].committed != item.start:
-                raise ValueError(
-                    f"batch: it begins at token {item.start} of sequence {b.sequence_ids[i]}, of "
-                    f"which {self.sequences[item.row].committed} are committed: commit in order")
+            raise ValueError(
+                f"batch: it begins at token {item.start} of sequence {b.sequence_ids[i]}, of which "
+                f"{self.sequences[item.row].committed} are committed: commit in order")
         for i in range(b.num_sequences):
             item = &b.items[i]
             self.sequences[item.row].committed = item.start + item.num_tokens
         b.committed = True
         self.changes += 1
+
+    # ---- for KVCache, which is written in Python ----
+
+    def _check_batch(self, batch):
+        self.check_batch(batch)
+
+    def _check_writable_batch(self, batch):
+        self.check_batch(batch)
+        if (<Batch> batch).committed:
+            raise ValueError("batch: it was committed already")
+
+    def _mark_written(self, Batch batch, int layer, int num_layers):
+        """Note that a layer was written; the last one commits the batch where that is in order."""
+        if batch.written is None:
+            batch.written = bytearray(num_layers)
+            batch.unwritten = num_layers
+        if not batch.written[layer]:
+            batch.written[layer] = 1
+            batch.unwritten -= 1
+        if batch.unwritten == 0 and self.first_gap(batch) == batch.num_sequences:
+            self.commit(batch)
 
     # ---- looking ----
 
