@@ -7,13 +7,13 @@ try:
     from rocmforge.errors import RocmForgeError
     from rocmforge.kv_cache_manager import Batch, KVCacheManager
     from rocmforge.page_table import PageTable
-except ModuleNotFoundError as error:
-    if error.name is None or not error.name.startswith("rocmforge."):
+except ModuleNotFoundError as _error:
+    if _error.name is None or not _error.name.startswith("rocmforge."):
         raise
     raise ImportError(
-        f"{error.name} is not built: this is ROCmForge's source tree, not an installed package. "
+        f"{_error.name} is not built: this is ROCmForge's source tree, not an installed package. "
         "Run `pip install .` (or `pip install -e .`) in it, and start Python elsewhere or with "
         "`pytest --import-mode=importlib`."
-    ) from error
+    ) from _error
 
 __all__ = ["Batch", "BlockAllocator", "KVCacheManager", "PageTable", "RocmForgeError"]

@@ -1,6 +1,8 @@
-# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python
+# cython: boundscheck=False, wraparound=False, initializedcheck=False
 """The physical blocks: a C free list with reference counts and LRU eviction."""
 
+cimport cython
 cimport numpy as cnp
 from libc.stdint cimport INT32_MAX, int32_t, int64_t
 
@@ -23,15 +25,26 @@ class PhysicalBlock(NamedTuple):
 
     A block with ``ref_count == 0`` that is not free is *kept*: nobody holds it, its contents can
     be revived by `BlockAllocator.ref` until it is evicted.
+
+    Attributes
+    ----------
+    id : int
+        The block.
+    ref_count : int
+        Its holders.
+    is_free : bool
+        Whether it is neither held nor kept.
+    last_use : int
+        The allocator's count of calls when the block was last allocated, shared or released.
     """
 
     id: int
     ref_count: int
     is_free: bool
     last_use: int
-    """The allocator's count of calls when the block was last allocated, shared or released."""
 
 
+@cython.final
 cdef class BlockAllocator:
     """Hands out the blocks ``0 .. num_blocks - 1`` and takes them back, each O(1).
 

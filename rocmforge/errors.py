@@ -1,9 +1,9 @@
 """Every error that ROCmForge raises on purpose.
 
 Each is a :class:`RocmForgeError` and also the built-in exception that a caller who has never read
-this page would catch. After any of them the object that raised is valid and as it was before the call.
-Bad arguments raise the plain built-ins: ``ValueError`` for a wrong value, shape, dtype or device,
-``TypeError`` for a wrong kind of object.
+this page would catch. After any of them the object that raised is valid and as it was before the
+call. Bad arguments raise the plain built-ins: ``ValueError`` for a wrong value, shape, dtype or
+device, ``TypeError`` for a wrong kind of object.
 """
 
 __all__ = [

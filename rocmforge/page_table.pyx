@@ -1,4 +1,5 @@
-# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python
+# cython: boundscheck=False, wraparound=False, initializedcheck=False
 """The page table: (sequence id, token position) -> (block id, offset)."""
 
 cimport cython
@@ -7,7 +8,7 @@ from libc.stdint cimport INT32_MAX, INT64_MAX, int32_t, int64_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from rocmforge._core cimport (
-    RF_ERR_NO_MEMORY, RF_NO_BLOCK, RF_NO_ROW, RF_OK, as_int, as_int_array, as_out, as_sequence_id,
+    RF_ERR_NO_MEMORY, RF_NO_ROW, RF_OK, as_int, as_int_array, as_out, as_sequence_id,
     rf_alloc_fail_after, rf_free, rf_id_map_add, rf_id_map_find, rf_id_map_free, rf_id_map_init,
     rf_id_map_remove, rf_id_map_reserve, rf_id_map_validate, rf_realloc)
 
@@ -26,6 +27,7 @@ def _fail_allocation(n: int) -> int:
     return rf_alloc_fail_after(as_int(n, "n", 0, 1 << 62))
 
 
+@cython.final
 cdef class PageTable:
     """Which physical block holds which token positions of which sequence.
 

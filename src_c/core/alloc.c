@@ -3,7 +3,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-/* The library's only global. Zero in every program but a test, so the check is one predicted load. */
+/* The library's only global. Zero in every program but a test: the check is one predicted load. */
 static _Atomic int64_t countdown;
 
 static int fails_now(void) {

@@ -150,7 +150,8 @@ int32_t rf_block_pool_take_evicted(rf_block_pool *pool, int32_t *ids) {
 
 int rf_block_pool_validate(const rf_block_pool *pool, const char **reason) {
     *reason = "";
-    REQUIRE(pool->next_fresh >= 0 && pool->next_fresh <= pool->num_blocks, "next_fresh out of range");
+    REQUIRE(pool->next_fresh >= 0 && pool->next_fresh <= pool->num_blocks,
+            "next_fresh out of range");
     int32_t used = 0, kept = 0, idle = 0, evicted = 0;
     for (int32_t id = 0; id < pool->num_blocks; id++) {
         const rf_block *b = &pool->blocks[id];

@@ -60,7 +60,8 @@ int32_t rf_id_map_remove(rf_id_map *map, uint64_t id) {
     if (map->num_slots == 0) return RF_NO_ROW;
     const uint32_t mask = map->num_slots - 1;
     uint32_t hole = rf_id_hash(id) & mask;
-    while (map->slots[hole] != RF_NO_ROW && map->ids[map->slots[hole]] != id) hole = (hole + 1) & mask;
+    while (map->slots[hole] != RF_NO_ROW && map->ids[map->slots[hole]] != id)
+        hole = (hole + 1) & mask;
     const int32_t row = map->slots[hole];
     if (row == RF_NO_ROW) return RF_NO_ROW;
     /* Move back every later entry of the run that may stand in the hole (Knuth, TAOCP 3, 6.4 R). */

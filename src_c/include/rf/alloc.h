@@ -1,4 +1,4 @@
-/* The one seam through which all metadata memory comes, so that a test can make any allocation fail. */
+/* The one seam through which all metadata memory comes, so a test can make any allocation fail. */
 #ifndef RF_ALLOC_H
 #define RF_ALLOC_H
 

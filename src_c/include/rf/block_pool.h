@@ -9,7 +9,7 @@
  *
  * Every operation is O(1) a block. A call that fails leaves the pool and its outputs untouched.
  * No operation allocates memory after init. Not thread-safe: the caller holds a lock.
- * Decisions depend on the calls made and on nothing else: last_use is a count of calls, not a time. */
+ * Decisions depend on the calls made and on nothing else: last_use counts calls, it is no time. */
 #ifndef RF_BLOCK_POOL_H
 #define RF_BLOCK_POOL_H
 
@@ -49,14 +49,14 @@ typedef struct rf_block_pool {
     uint64_t total_evictions; /* for statistics */
 } rf_block_pool;
 
-/* num_blocks is 0 .. INT32_MAX. The pool must be freed by rf_block_pool_free, also after a failure. */
+/* num_blocks is 0 .. INT32_MAX. rf_block_pool_free must follow, also after a failure. */
 RF_API int rf_block_pool_init(rf_block_pool *pool, int64_t num_blocks);
 RF_API void rf_block_pool_free(rf_block_pool *pool);
 
 /* Takes n blocks, each with one reference. RF_ERR_OUT_OF_BLOCKS when free + kept < n. */
 RF_API int rf_block_pool_allocate(rf_block_pool *pool, int32_t n, int32_t *ids);
 
-/* Adds a reference to a used block, or revives a kept one. *bad is the index of the first offender. */
+/* Adds a reference to a used block, or revives a kept one. *bad indexes the first offender. */
 RF_API int rf_block_pool_ref(rf_block_pool *pool, const int32_t *ids, int32_t n, int32_t *bad);
 
 /* Drops a reference of each block, in the order given. One that nobody holds any longer becomes

@@ -13,21 +13,19 @@
 #define RF_NO_ROW INT32_C(-1)
 
 typedef struct rf_id_map {
-    uint64_t *ids;       /* [row_capacity] the id of a row; in a free row, the next free row */
-    int32_t *slots;      /* [num_slots] rows, RF_NO_ROW when empty; linear probing, no tombstones */
-    uint32_t num_slots;  /* a power of two, or 0 before the first id */
-    int32_t num_ids;     /* ids in the map */
+    uint64_t *ids;      /* [row_capacity] the id of a row; in a free row, the next free row */
+    int32_t *slots;     /* [num_slots] rows, RF_NO_ROW when empty; linear probing, no tombstones */
+    uint32_t num_slots; /* a power of two, or 0 before the first id */
+    int32_t num_ids;    /* ids in the map */
     int32_t row_capacity; /* rows that ids has room for */
-    int32_t num_rows;    /* rows ever used: all rows are below it */
-    int32_t free_row;    /* the first free row below num_rows, RF_NO_ROW when there is none */
+    int32_t num_rows;     /* rows ever used: all rows are below it */
+    int32_t free_row;     /* the first free row below num_rows, RF_NO_ROW when there is none */
 } rf_id_map;
 
-static inline void rf_id_map_init(rf_id_map *map) {
-    *map = (rf_id_map){.free_row = RF_NO_ROW};
-}
+static inline void rf_id_map_init(rf_id_map *map) { *map = (rf_id_map){.free_row = RF_NO_ROW}; }
 RF_API void rf_id_map_free(rf_id_map *map);
 
-/* Makes room, so that the next add of a new id cannot fail. RF_ERR_NO_MEMORY leaves it unchanged. */
+/* Makes room: the next add of a new id cannot fail. RF_ERR_NO_MEMORY leaves it unchanged. */
 RF_API int rf_id_map_reserve(rf_id_map *map);
 
 /* The row of a new id, after a successful reserve. The id must not be in the map. O(1). */

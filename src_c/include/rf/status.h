@@ -16,11 +16,11 @@ enum rf_status {
     RF_ERR_OUT_OF_BLOCKS = -2, /* the pool has fewer free and kept blocks than asked for */
 
     /* arguments */
-    RF_ERR_BAD_ARGUMENT = -20,    /* a size or count out of its range */
-    RF_ERR_BLOCK_RANGE = -21,     /* a block id outside 0 .. num_blocks - 1 */
-    RF_ERR_BLOCK_NOT_IN_USE = -22, /* a block that nobody holds: a double free, or never allocated */
-    RF_ERR_BLOCK_FREE = -23,      /* a block without contents to share */
-    RF_ERR_BLOCK_REPEATED = -24,  /* one call releases a block more often than it is held */
+    RF_ERR_BAD_ARGUMENT = -20,     /* a size or count out of its range */
+    RF_ERR_BLOCK_RANGE = -21,      /* a block id outside 0 .. num_blocks - 1 */
+    RF_ERR_BLOCK_NOT_IN_USE = -22, /* a block nobody holds: a double free, or never allocated */
+    RF_ERR_BLOCK_FREE = -23,       /* a block without contents to share */
+    RF_ERR_BLOCK_REPEATED = -24,   /* one call releases a block more often than it is held */
 };
 
 /* A sentence for a status; never NULL. */
