@@ -41,7 +41,7 @@ cdef class KVCacheManager:
     cdef bint initialized
     cdef Sequence *sequences       # [sequences_capacity], by the page table's row
     cdef int32_t sequences_capacity
-    cdef cnp.ndarray table         # int32 [rows, columns], what kernels read: mirrors the page table
+    cdef cnp.ndarray table         # int32 [rows, columns], for kernels: mirrors the page table
     cdef uint64_t versions         # last version given to a sequence
     cdef uint64_t plannings        # appends planned so far
     cdef uint64_t changes          # state changes so far

@@ -1,4 +1,5 @@
-# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python
+# cython: boundscheck=False, wraparound=False, initializedcheck=False
 """Sequences over shared blocks, and the batches that extend them: no tensor, no device."""
 
 cimport numpy as cnp
@@ -71,7 +72,7 @@ cdef class Batch:
 
 
 cdef Batch new_batch(KVCacheManager manager, object sequence_ids, object num_tokens):
-    """A batch with the sequences and numbers of tokens read and checked, and room for its arrays."""
+    """A batch with the sequences and numbers of tokens checked, and room for its arrays."""
     cdef Batch batch = Batch.__new__(Batch)
     cdef cnp.ndarray counts
     cdef int64_t i, n, count, total = 0
