@@ -1,0 +1,133 @@
+/* Vectors of eight floats: AVX2, FMA, F16C. The contract of each name is in simd_portable.h. */
+#ifndef RF_SIMD_H
+#define RF_SIMD_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define RF_W  8
+#define RF_RB 4 /* 8 accumulators, 4 keys, 2 queries of the 16 registers */
+#define RF_TB 2
+
+typedef __m256 vf;
+
+static inline vf vf_set1(float x) { return _mm256_set1_ps(x); }
+static inline vf vf_zero(void) { return _mm256_setzero_ps(); }
+static inline vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+static inline void vf_store(float *p, vf v) { _mm256_storeu_ps(p, v); }
+static inline float vf_first(vf v) { return _mm256_cvtss_f32(v); }
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline float vf_hsum(vf v) {
+    __m128 x = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_add_ss(x, _mm_movehdup_ps(x)));
+}
+static inline float vf_hmax(vf v) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
+}
+
+static inline vf vf_exp2(vf x) {
+    vf keep = _mm256_cmp_ps(x, vf_set1(-126.0f), _CMP_NLT_UQ);
+    vf t = _mm256_max_ps(vf_set1(-126.0f), x);
+    vf n = _mm256_round_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf f = _mm256_sub_ps(t, n);
+    vf p = vf_set1(0x1.41fbbcp-13f);
+    p = vf_fma(p, f, vf_set1(0x1.5f3e54p-10f));
+    p = vf_fma(p, f, vf_set1(0x1.3b2d4cp-7f));
+    p = vf_fma(p, f, vf_set1(0x1.c6aee8p-5f));
+    p = vf_fma(p, f, vf_set1(0x1.ebfbdcp-3f));
+    p = vf_fma(p, f, vf_set1(0x1.62e430p-1f));
+    p = vf_fma(p, f, vf_set1(1.0f));
+    __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    vf y = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)));
+    return _mm256_and_ps(y, keep);
+}
+
+static inline void rf_ld2_f32(const float *p, vf *a, vf *b) {
+    *a = vf_load(p);
+    *b = vf_load(p + 8);
+}
+static inline void rf_ld2_part_f32(const float *p, int n, vf *a, vf *b) {
+    (void)n; /* a part of 16 that is a multiple of 8 is 8 */
+    *a = vf_load(p);
+    *b = vf_zero();
+}
+static inline void rf_st2_f32(float *p, vf a, vf b) {
+    vf_store(p, a);
+    vf_store(p + 8, b);
+}
+static inline void rf_st2_part_f32(float *p, int n, vf a, vf b) {
+    (void)n, (void)b;
+    vf_store(p, a);
+}
+
+static inline __m128i rf_load128(const void *p) { return _mm_loadu_si128((const __m128i *)p); }
+static inline void rf_store128(void *p, __m128i v) { _mm_storeu_si128((__m128i *)p, v); }
+
+static inline void rf_ld2_f16(const uint16_t *p, vf *a, vf *b) {
+    *a = _mm256_cvtph_ps(rf_load128(p));
+    *b = _mm256_cvtph_ps(rf_load128(p + 8));
+}
+static inline void rf_ld2_part_f16(const uint16_t *p, int n, vf *a, vf *b) {
+    (void)n;
+    *a = _mm256_cvtph_ps(rf_load128(p));
+    *b = vf_zero();
+}
+static inline __m128i rf_to_half(vf v) {
+    return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+static inline void rf_st2_f16(uint16_t *p, vf a, vf b) {
+    rf_store128(p, rf_to_half(a));
+    rf_store128(p + 8, rf_to_half(b));
+}
+static inline void rf_st2_part_f16(uint16_t *p, int n, vf a, vf b) {
+    (void)n, (void)b;
+    rf_store128(p, rf_to_half(a));
+}
+
+/* One load and one operation a vector: even elements are shifted up, odd ones masked. */
+static inline void rf_split_bf16(__m256i x, vf *even, vf *odd) {
+    *even = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    *odd = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000u)));
+}
+static inline void rf_ld2_bf16(const uint16_t *p, vf *a, vf *b) {
+    rf_split_bf16(_mm256_loadu_si256((const __m256i *)p), a, b);
+}
+static inline void rf_ld2_part_bf16(const uint16_t *p, int n, vf *a, vf *b) {
+    (void)n;
+    rf_split_bf16(_mm256_zextsi128_si256(rf_load128(p)), a, b);
+}
+/* Rounds to nearest even into the upper half of each lane; NaN stays NaN. */
+static inline __m256i rf_round_bf16(vf v) {
+    __m256i u = _mm256_castps_si256(v);
+    __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i r = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    __m256i nan = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
+    __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    return _mm256_blendv_epi8(r, nan, is_nan);
+}
+static inline __m256i rf_join_bf16(vf even, vf odd) {
+    return _mm256_blend_epi16(_mm256_srli_epi32(rf_round_bf16(even), 16), rf_round_bf16(odd), 0xaa);
+}
+static inline void rf_st2_bf16(uint16_t *p, vf a, vf b) {
+    _mm256_storeu_si256((__m256i *)p, rf_join_bf16(a, b));
+}
+static inline void rf_st2_part_bf16(uint16_t *p, int n, vf a, vf b) {
+    (void)n;
+    rf_store128(p, _mm256_castsi256_si128(rf_join_bf16(a, b)));
+}
+
+static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds) {
+    for (int r = 0; r < rb; r++) {
+        vf h = _mm256_hadd_ps(acc[r][0], acc[r][1]);
+        __m128 x = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+        x = _mm_add_ps(x, _mm_movehdup_ps(x));
+        s[r * lds] = _mm_cvtss_f32(x);
+        s[r * lds + 1] = _mm_cvtss_f32(_mm_movehl_ps(x, x));
+    }
+}
+
+#endif

@@ -1,0 +1,143 @@
+/* Vectors of sixteen floats: AVX-512 F, BW, DQ, VL. The contract of each name is in simd_portable.h. */
+#ifndef RF_SIMD_H
+#define RF_SIMD_H
+
+#include <immintrin.h>
+#include <stdint.h>
+
+#define RF_W  16
+#define RF_RB 4 /* 16 accumulators, 8 keys, 2 queries of the 32 registers */
+#define RF_TB 4
+
+typedef __m512 vf;
+
+static inline vf vf_set1(float x) { return _mm512_set1_ps(x); }
+static inline vf vf_zero(void) { return _mm512_setzero_ps(); }
+static inline vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+static inline void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
+static inline float vf_first(vf v) { return _mm512_cvtss_f32(v); }
+static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline float vf_hsum(vf v) { return _mm512_reduce_add_ps(v); }
+static inline float vf_hmax(vf v) { return _mm512_reduce_max_ps(v); }
+
+static inline vf vf_exp2(vf x) {
+    vf t = _mm512_max_ps(vf_set1(-200.0f), x); /* -inf would become NaN below; 2^-200 is 0 */
+    vf n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    vf f = _mm512_sub_ps(t, n);
+    vf p = vf_set1(0x1.41fbbcp-13f);
+    p = vf_fma(p, f, vf_set1(0x1.5f3e54p-10f));
+    p = vf_fma(p, f, vf_set1(0x1.3b2d4cp-7f));
+    p = vf_fma(p, f, vf_set1(0x1.c6aee8p-5f));
+    p = vf_fma(p, f, vf_set1(0x1.ebfbdcp-3f));
+    p = vf_fma(p, f, vf_set1(0x1.62e430p-1f));
+    p = vf_fma(p, f, vf_set1(1.0f));
+    return _mm512_scalef_ps(p, n);
+}
+
+static inline __mmask32 rf_first(int n) { return (__mmask32)((1u << n) - 1u); }
+
+static inline void rf_ld2_f32(const float *p, vf *a, vf *b) {
+    *a = vf_load(p);
+    *b = vf_load(p + 16);
+}
+static inline void rf_ld2_part_f32(const float *p, int n, vf *a, vf *b) {
+    *a = _mm512_maskz_loadu_ps((__mmask16)rf_first(n), p);
+    *b = _mm512_maskz_loadu_ps((__mmask16)(rf_first(n) >> 16), p + 16);
+}
+static inline void rf_st2_f32(float *p, vf a, vf b) {
+    vf_store(p, a);
+    vf_store(p + 16, b);
+}
+static inline void rf_st2_part_f32(float *p, int n, vf a, vf b) {
+    _mm512_mask_storeu_ps(p, (__mmask16)rf_first(n), a);
+    _mm512_mask_storeu_ps(p + 16, (__mmask16)(rf_first(n) >> 16), b);
+}
+
+static inline void rf_split_f16(__m512i x, vf *a, vf *b) {
+    *a = _mm512_cvtph_ps(_mm512_castsi512_si256(x));
+    *b = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(x, 1));
+}
+static inline void rf_ld2_f16(const uint16_t *p, vf *a, vf *b) {
+    *a = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+    *b = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p + 16)));
+}
+static inline void rf_ld2_part_f16(const uint16_t *p, int n, vf *a, vf *b) {
+    rf_split_f16(_mm512_maskz_loadu_epi16(rf_first(n), p), a, b);
+}
+static inline __m512i rf_join_f16(vf a, vf b) {
+    __m256i lo = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256i hi = _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+}
+static inline void rf_st2_f16(uint16_t *p, vf a, vf b) {
+    _mm512_storeu_si512(p, rf_join_f16(a, b));
+}
+static inline void rf_st2_part_f16(uint16_t *p, int n, vf a, vf b) {
+    _mm512_mask_storeu_epi16(p, rf_first(n), rf_join_f16(a, b));
+}
+
+/* One load and one operation a vector: even elements are shifted up, odd ones masked. Widening
+ * (vpmovzxwd and a shift) costs twice that, half of it on the one shuffle port. */
+static inline void rf_split_bf16(__m512i x, vf *even, vf *odd) {
+    *even = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *odd = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000u)));
+}
+static inline void rf_ld2_bf16(const uint16_t *p, vf *a, vf *b) {
+    rf_split_bf16(_mm512_loadu_si512(p), a, b);
+}
+static inline void rf_ld2_part_bf16(const uint16_t *p, int n, vf *a, vf *b) {
+    rf_split_bf16(_mm512_maskz_loadu_epi16(rf_first(n), p), a, b);
+}
+/* Rounds to nearest even into the upper half of each lane; NaN stays NaN. */
+static inline __m512i rf_round_bf16(vf v) {
+    __m512i u = _mm512_castps_si512(v);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(r, is_nan, u, _mm512_set1_epi32(0x400000));
+}
+static inline __m512i rf_join_bf16(vf even, vf odd) {
+    return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(rf_round_bf16(even), 16),
+                                   rf_round_bf16(odd));
+}
+static inline void rf_st2_bf16(uint16_t *p, vf a, vf b) {
+    _mm512_storeu_si512(p, rf_join_bf16(a, b));
+}
+static inline void rf_st2_part_bf16(uint16_t *p, int n, vf a, vf b) {
+    _mm512_mask_storeu_epi16(p, rf_first(n), rf_join_bf16(a, b));
+}
+
+/* Four tokens of one row: within each 128-bit lane, [t0 t1 t2 t3]. */
+static inline vf rf_reduce_row(const vf a[RF_TB]) {
+    vf s0 = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1]));
+    vf s1 = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    __m512d d0 = _mm512_castps_pd(s0), d1 = _mm512_castps_pd(s1);
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d0, d1)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(d0, d1)));
+}
+static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds) {
+    if (rb == 4) {
+        vf r0 = rf_reduce_row(acc[0]), r1 = rf_reduce_row(acc[1]);
+        vf r2 = rf_reduce_row(acc[2]), r3 = rf_reduce_row(acc[3]);
+        vf r01 = _mm512_add_ps(_mm512_shuffle_f32x4(r0, r1, 0x44),
+                               _mm512_shuffle_f32x4(r0, r1, 0xee));
+        vf r23 = _mm512_add_ps(_mm512_shuffle_f32x4(r2, r3, 0x44),
+                               _mm512_shuffle_f32x4(r2, r3, 0xee));
+        vf r = _mm512_add_ps(_mm512_shuffle_f32x4(r01, r23, 0x88),
+                             _mm512_shuffle_f32x4(r01, r23, 0xdd));
+        _mm_storeu_ps(s, _mm512_castps512_ps128(r));
+        _mm_storeu_ps(s + lds, _mm512_extractf32x4_ps(r, 1));
+        _mm_storeu_ps(s + 2 * lds, _mm512_extractf32x4_ps(r, 2));
+        _mm_storeu_ps(s + 3 * lds, _mm512_extractf32x4_ps(r, 3));
+        return;
+    }
+    for (int r = 0; r < rb; r++) {
+        vf v = rf_reduce_row(acc[r]);
+        __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+        _mm_storeu_ps(s + r * lds,
+                      _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+    }
+}
+
+#endif

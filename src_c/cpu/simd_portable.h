@@ -1,0 +1,144 @@
+/* Vectors of floats in portable C: four lanes, which every compiler maps to SSE2, NEON or scalars.
+ *
+ * What each simd_*.h provides is told here.
+ *   RF_W        lanes of vf. Storage is handled in pairs of vectors, 2 * RF_W elements.
+ *   RF_TB       tokens of a query-key block; RF_RB rows of queries in it (registers decide).
+ *   rf_ld2_T    2 * RF_W elements of storage type T as two vectors. The order of elements within
+ *               the pair is the variant's own (bfloat16 splits into even and odd), the same for
+ *               queries, keys, values; rf_st2_T undoes it. _part: only the first n, a multiple of 8,
+ *               are touched in memory; the others are zero.
+ *   rf_reduce   sums the lanes of acc[row][token] into s[row * lds + token]. */
+#ifndef RF_SIMD_H
+#define RF_SIMD_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define RF_W  4
+#define RF_RB 4
+#define RF_TB 2
+
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+typedef uint32_t vu __attribute__((vector_size(16)));
+
+static inline vf vf_set1(float x) { return (vf){x, x, x, x}; }
+static inline vf vf_zero(void) { return vf_set1(0.0f); }
+static inline vf vf_load(const float *p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
+static inline float vf_first(vf v) { return v[0]; }
+static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
+static inline vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+/* NaN in either operand gives b, as maxps does. */
+static inline vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
+static inline float vf_hsum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
+static inline float vf_hmax(vf v) {
+    float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
+    return a > b ? a : b;
+}
+
+/* 2^x within 2e-7 relative for x <= 127; 0 below -126. 2^f by a polynomial that is exact at 0,
+ * fitted for the least relative error (2e-9) on [-0.5, 0.5]. */
+static inline vf vf_exp2(vf x) {
+    vi under = x < vf_set1(-126.0f);
+    vf t = vf_max(vf_set1(-126.0f), x);
+    const vf magic = vf_set1(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    vf r = t + magic;
+    vf f = t - (r - magic);
+    vf p = vf_set1(0x1.41fbbcp-13f);
+    p = vf_fma(p, f, vf_set1(0x1.5f3e54p-10f));
+    p = vf_fma(p, f, vf_set1(0x1.3b2d4cp-7f));
+    p = vf_fma(p, f, vf_set1(0x1.c6aee8p-5f));
+    p = vf_fma(p, f, vf_set1(0x1.ebfbdcp-3f));
+    p = vf_fma(p, f, vf_set1(0x1.62e430p-1f));
+    p = vf_fma(p, f, vf_set1(1.0f));
+    vi e = (vi)r - (vi)magic;
+    vf y = p * (vf)(vi)((e + 127) << 23);
+    return vf_select(under, vf_zero(), y);
+}
+
+static inline vu rf_ldu(const void *p) {
+    vu v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline void rf_ld2_f32(const float *p, vf *a, vf *b) {
+    *a = vf_load(p);
+    *b = vf_load(p + 4);
+}
+static inline void rf_ld2_bf16(const uint16_t *p, vf *a, vf *b) {
+    vu x = rf_ldu(p);
+    *a = (vf)(x << 16);
+    *b = (vf)(x & 0xffff0000u);
+}
+/* Half to float: the exponent's offset is a multiplication, which also serves subnormals. */
+static inline vf rf_half(vu h) {
+    vu em = (h & 0x7fffu) << 13;
+    vu inf = (vu)(em >= (0x7c00u << 13)) & 0x7f800000u;
+    vf x = (vf)em * vf_set1(0x1p112f);
+    return (vf)((vu)x | inf | ((h & 0x8000u) << 16));
+}
+static inline void rf_ld2_f16(const uint16_t *p, vf *a, vf *b) {
+    vu x = rf_ldu(p);
+    *a = rf_half(x & 0xffffu);
+    *b = rf_half(x >> 16);
+}
+
+static inline uint32_t rf_float_bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, sizeof u);
+    return u;
+}
+static inline uint32_t rf_round_bf16(float x) {
+    uint32_t u = rf_float_bits(x);
+    if ((u & 0x7fffffffu) > 0x7f800000u) return (u >> 16) | 0x40u;
+    return (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+}
+static inline uint32_t rf_round_f16(float x) {
+    uint32_t u = rf_float_bits(x), sign = (u >> 16) & 0x8000u;
+    u &= 0x7fffffffu;
+    if (u > 0x7f800000u) return sign | 0x7e00u;
+    if (u >= 0x477ff000u) return sign | 0x7c00u; /* 65520 and above round to infinity */
+    if (u < 0x38800000u) {                       /* subnormal: let an addition round it */
+        float y;
+        memcpy(&y, &u, sizeof y);
+        return sign | (rf_float_bits(y + 0.5f) - 0x3f000000u);
+    }
+    return sign | ((u + 0xfffu + ((u >> 13) & 1u) - 0x38000000u) >> 13);
+}
+static inline void rf_st2_f32(float *p, vf a, vf b) {
+    vf_store(p, a);
+    vf_store(p + 4, b);
+}
+static inline void rf_st2_bf16(uint16_t *p, vf a, vf b) {
+    for (int i = 0; i < 4; i++) {
+        uint32_t pair = rf_round_bf16(a[i]) | rf_round_bf16(b[i]) << 16;
+        memcpy(p + 2 * i, &pair, sizeof pair);
+    }
+}
+static inline void rf_st2_f16(uint16_t *p, vf a, vf b) {
+    for (int i = 0; i < 4; i++) {
+        uint32_t pair = rf_round_f16(a[i]) | rf_round_f16(b[i]) << 16;
+        memcpy(p + 2 * i, &pair, sizeof pair);
+    }
+}
+
+/* A pair is 8 elements and head_dim a multiple of 8: there is never a part of one. */
+#define rf_ld2_part_f32(p, n, a, b)  rf_ld2_f32(p, a, b)
+#define rf_ld2_part_f16(p, n, a, b)  rf_ld2_f16(p, a, b)
+#define rf_ld2_part_bf16(p, n, a, b) rf_ld2_bf16(p, a, b)
+#define rf_st2_part_f32(p, n, a, b)  rf_st2_f32(p, a, b)
+#define rf_st2_part_f16(p, n, a, b)  rf_st2_f16(p, a, b)
+#define rf_st2_part_bf16(p, n, a, b) rf_st2_bf16(p, a, b)
+
+static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds) {
+    for (int r = 0; r < rb; r++)
+        for (int t = 0; t < RF_TB; t++) s[r * lds + t] = vf_hsum(acc[r][t]);
+}
+
+#endif
