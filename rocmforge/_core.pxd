@@ -64,27 +64,28 @@ cdef extern from "rf/block_pool.h" nogil:
     int32_t rf_block_pool_num_available(const rf_block_pool *pool)
 
 
+cdef inline object plain_int(object value, str name):
+    """A Python int of any integer. This may run code of the caller's, which reading an int cannot."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
+    return value.__index__()
+
+
 cdef inline uint64_t as_sequence_id(object value) except? 0xfffffffffffffffe:
     """An unsigned 64-bit sequence id from any Python or NumPy integer."""
-    cdef uint64_t number = 0xfffffffffffffffe
-    if type(value) is not int:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"sequence id: expected an integer, got {type(value).__name__}")
-        value = value.__index__()
+    value = plain_int(value, "sequence id")
     try:
-        number = PyLong_AsUnsignedLongLong(value)
+        return PyLong_AsUnsignedLongLong(value)
     except OverflowError:
         raise ValueError(f"sequence id: expected 0 .. 2**64 - 1, got {value}") from None
-    return number
 
 
 cdef inline int64_t as_int(object value, str name, int64_t low, int64_t high) except? -2:
     """An integer of the closed range low .. high; the messages name the argument."""
     cdef int64_t number
-    if type(value) is not int:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-        value = value.__index__()
+    value = plain_int(value, name)
     try:
         number = PyLong_AsLongLong(value)
     except OverflowError:
@@ -95,7 +96,7 @@ cdef inline int64_t as_int(object value, str name, int64_t low, int64_t high) ex
 
 
 cdef inline object as_int_array(object values, str name, int type_num):
-    """A contiguous one-dimensional array of one integer type, without a copy where it is one.
+    """An aligned, contiguous, one-dimensional array of one integer type; no copy where it is one.
 
     A value outside the type's range is a ValueError; floats, bools and nested lists are refused.
     int64 and uint64 may stand for each other as the contract of sequence ids allows: the negative
@@ -103,7 +104,7 @@ cdef inline object as_int_array(object values, str name, int type_num):
     """
     import numpy as np
     cdef cnp.ndarray array
-    cdef object dtype
+    cdef object dtype = cnp.PyArray_DescrFromType(type_num)
     if cnp.PyArray_Check(values):
         array = <cnp.ndarray> values
     else:
@@ -112,8 +113,14 @@ cdef inline object as_int_array(object values, str name, int type_num):
                 array = np.from_dlpack(values)
             else:
                 array = np.asarray(values)
+            if (array.dtype.kind in "fO" and isinstance(values, (list, tuple))
+                    and False not in [hasattr(value, "__index__") for value in values]):
+                # NumPy makes floats of [1, 2**63] and objects of [2**64]
+                array = np.array([value.__index__() for value in values], dtype)
         except OverflowError:
-            raise ValueError(f"{name}: a value is outside the range of 64-bit integers") from None
+            limits = np.iinfo(dtype)
+            raise ValueError(
+                f"{name}: expected {limits.min} .. {limits.max}, one is outside") from None
         except (TypeError, ValueError):
             raise TypeError(
                 f"{name}: expected a sequence of integers, got {type(values).__name__}") from None
@@ -123,17 +130,18 @@ cdef inline object as_int_array(object values, str name, int type_num):
         raise ValueError(f"{name}: expected one dimension, got shape {np.shape(values)}")
     if array.dtype.kind not in "iu":
         raise TypeError(f"{name}: expected integers, got dtype {array.dtype}")
-    dtype = cnp.PyArray_DescrFromType(type_num)
     if array.dtype != dtype and array.size:
         limits = np.iinfo(dtype)
         low, high = int(array.min()), int(array.max())
         if low < limits.min or high > limits.max:
             raise ValueError(f"{name}: expected {limits.min} .. {limits.max}, got {low} .. {high}")
-    return np.ascontiguousarray(array, dtype)
+    if cnp.PyArray_TYPE(array) == type_num and cnp.PyArray_ISCARRAY_RO(array):
+        return array
+    return array.astype(dtype, order="C")
 
 
 cdef inline cnp.ndarray as_out(object out, str name, int type_num, tuple shape):
-    """The caller's buffer, checked: exact dtype and shape, C-contiguous, writable."""
+    """The caller's buffer, checked: exact dtype and shape, aligned, C-contiguous, writable."""
     cdef object dtype = cnp.PyArray_DescrFromType(type_num)
     if not cnp.PyArray_Check(out):
         raise TypeError(f"{name}: expected a NumPy array, got {type(out).__name__}")
@@ -141,6 +149,6 @@ cdef inline cnp.ndarray as_out(object out, str name, int type_num, tuple shape):
         raise ValueError(f"{name}: expected dtype {dtype}, got {out.dtype}")
     if out.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {out.shape}")
-    if not out.flags.c_contiguous or not out.flags.writeable:
-        raise ValueError(f"{name}: expected a writable C-contiguous array")
+    if not cnp.PyArray_ISCARRAY(<cnp.ndarray> out):
+        raise ValueError(f"{name}: expected a writable, aligned, C-contiguous array")
     return out

@@ -8,7 +8,7 @@ from libc.stdint cimport INT32_MAX, INT64_MAX, int32_t, int64_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from rocmforge._core cimport (
-    RF_ERR_NO_MEMORY, RF_NO_ROW, RF_OK, as_int, as_int_array, as_out, as_sequence_id,
+    RF_ERR_NO_MEMORY, RF_NO_ROW, RF_OK, as_int, as_int_array, as_out, as_sequence_id, plain_int,
     rf_alloc_fail_after, rf_free, rf_id_map_add, rf_id_map_find, rf_id_map_free, rf_id_map_init,
     rf_id_map_remove, rf_id_map_reserve, rf_id_map_validate, rf_realloc)
 
@@ -210,8 +210,9 @@ cdef class PageTable:
             If the sequence has no block of this index, or `block_id` is out of range.
         """
         self.check_writable()
-        cdef int32_t row = self.require(sequence_id)
         cdef int32_t block = <int32_t> as_int(block_id, "block_id", 0, INT32_MAX)
+        index = plain_int(index, "index")
+        cdef int32_t row = self.require(sequence_id)  # behind here no code of the caller's runs
         if self.lists[row].num == 0:
             raise ValueError(f"index: sequence {sequence_id} has no blocks")
         cdef int64_t i = as_int(index, "index", 0, self.lists[row].num - 1)
@@ -233,7 +234,8 @@ cdef class PageTable:
             If `num_blocks` is negative or more than the sequence has.
         """
         self.check_writable()
-        cdef int32_t row = self.require(sequence_id)
+        num_blocks = plain_int(num_blocks, "num_blocks")
+        cdef int32_t row = self.require(sequence_id)  # behind here no code of the caller's runs
         cdef BlockList *blocks = &self.lists[row]
         cdef int32_t keep = <int32_t> as_int(num_blocks, "num_blocks", 0, blocks.num)
         cdef cnp.npy_intp n = blocks.num - keep
@@ -265,8 +267,8 @@ cdef class PageTable:
         ValueError
             If `token_pos` is negative.
         """
-        cdef int32_t row = self.find(sequence_id)
         cdef int64_t position = as_int(token_pos, "token_pos", 0, INT64_MAX)
+        cdef int32_t row = self.find(sequence_id)
         cdef int64_t index = position // self.block_size
         if row == RF_NO_ROW or index >= self.lists[row].num or self.lists[row].ids[index] < 0:
             return None
@@ -352,7 +354,12 @@ cdef class PageTable:
         cdef const uint64_t *id = <const uint64_t *> cnp.PyArray_DATA(ids)
         cdef const int64_t *position = <const int64_t *> cnp.PyArray_DATA(where)
         cdef cnp.ndarray result
-        cdef int64_t *slot
+        if out is None:
+            result = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT64)
+        else:
+            result = as_out(out, "out", cnp.NPY_INT64, (n,))
+        cdef int64_t *slot = <int64_t *> cnp.PyArray_DATA(result)
+        cdef bint is_signed = cnp.PyArray_TYPE(ids) == cnp.NPY_INT64
         cdef int64_t begin, end, base, index
         cdef uint64_t last = 0
         cdef int32_t row = RF_NO_ROW
@@ -360,6 +367,8 @@ cdef class PageTable:
         for i in range(n):
             if row == RF_NO_ROW or id[i] != last:
                 last = id[i]
+                if is_signed and last > <uint64_t> INT64_MAX:
+                    raise ValueError(f"sequence_ids[{i}]: expected 0 .. 2**64 - 1, got {ids[i]}")
                 row = rf_id_map_find(&self.map, last)
                 if row == RF_NO_ROW:
                     raise UnknownSequenceError(
@@ -368,11 +377,6 @@ cdef class PageTable:
             if position[i] >= end:
                 raise ValueError(f"positions[{i}]: sequence {ids[i]} has slots for {end} tokens, "
                                  f"got position {position[i]}")
-        if out is None:
-            result = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT64)
-        else:
-            result = as_out(out, "out", cnp.NPY_INT64, (n,))
-        slot = <int64_t *> cnp.PyArray_DATA(result)
         row = RF_NO_ROW
         begin = end = base = 0
         for i in range(n):
@@ -437,7 +441,7 @@ cdef class PageTable:
         target = <int32_t *> cnp.PyArray_DATA(<cnp.ndarray> result)
         for i in range(n):
             row = rows[i]
-            num = self.lists[row].num
+            num = min(self.lists[row].num, <int32_t> width)
             if num:
                 memcpy(target, self.lists[row].ids, num * sizeof(int32_t))
             for j in range(num, width):
