@@ -65,7 +65,7 @@ cdef extern from "rf/block_pool.h" nogil:
 
 
 cdef inline object plain_int(object value, str name):
-    """A Python int of any integer. This may run code of the caller's, which reading an int cannot."""
+    """A Python int of any integer; may run the caller's code, which reading the int then cannot."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or not hasattr(value, "__index__"):

@@ -7,7 +7,7 @@ from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint64_t
 from libc.string cimport memcpy
 
 from rocmforge._core cimport (
-    RF_NO_ROW, RF_OK, as_int, as_int_array, as_sequence_id, rf_alloc, rf_block_pool,
+    RF_NO_ROW, RF_OK, as_int, as_int_array, as_sequence_id, plain_int, rf_alloc, rf_block_pool,
     rf_block_pool_allocate, rf_block_pool_num_available, rf_block_pool_num_free,
     rf_block_pool_ref, rf_block_pool_release, rf_free, rf_id_map_find, rf_realloc)
 from rocmforge.block_allocator cimport BlockAllocator
@@ -72,7 +72,7 @@ cdef class Batch:
 
 
 cdef Batch new_batch(KVCacheManager manager, object sequence_ids, object num_tokens):
-    """A batch with the sequences and numbers of tokens checked, and room for its arrays."""
+    """A batch with the sequences and numbers of tokens read and checked."""
     cdef Batch batch = Batch.__new__(Batch)
     cdef cnp.ndarray counts
     cdef int64_t i, n, count, total = 0
@@ -105,13 +105,20 @@ cdef Batch new_batch(KVCacheManager manager, object sequence_ids, object num_tok
         raise ValueError(f"num_tokens: expected at most {INT32_MAX} in a batch, got {total}")
     batch.num_sequences = <int32_t> n
     batch.num_tokens = <int> total
-    batch.rows = new_array(n, cnp.NPY_INT32)
-    batch.seq_lens = new_array(n, cnp.NPY_INT32)
-    batch.cu_seqlens_q = new_array(n + 1, cnp.NPY_INT32)
-    batch.positions = new_array(total, cnp.NPY_INT64)
-    batch.slot_mapping = new_array(total, cnp.NPY_INT64)
-    batch.copies = NO_COPIES
     return batch
+
+
+cdef int make_arrays(Batch batch, int32_t num_copies) except -1:
+    """The arrays of a batch that was found possible, to be filled in."""
+    cdef cnp.npy_intp n = batch.num_sequences
+    if batch.rows is None:
+        batch.rows = new_array(n, cnp.NPY_INT32)
+        batch.seq_lens = new_array(n, cnp.NPY_INT32)
+        batch.cu_seqlens_q = new_array(n + 1, cnp.NPY_INT32)
+        batch.positions = new_array(batch.num_tokens, cnp.NPY_INT64)
+        batch.slot_mapping = new_array(batch.num_tokens, cnp.NPY_INT64)
+    batch.copies = np.empty((num_copies, 2), np.int32) if num_copies else NO_COPIES
+    return 0
 
 
 cdef class KVCacheManager:
@@ -157,18 +164,22 @@ cdef class KVCacheManager:
         # a valid empty cache, whatever a subclass does before it calls __init__
         self.page_table = PageTable(1)
         self.allocator = BlockAllocator(0)
+        self.page_table.read_only = True
+        self.allocator.read_only = True
         self.table = np.empty((0, 0), np.int32)
 
     def __init__(self, num_blocks, *, block_size=16, max_sequences=None, max_seq_len=None):
         cdef int64_t rows = 0, columns = 0
         if self.initialized:
             raise TypeError(f"{type(self).__name__}: it is initialised already")
-        pages = PageTable(block_size)
-        allocator = BlockAllocator(num_blocks)
+        cdef PageTable pages = PageTable(block_size)
+        cdef BlockAllocator allocator = BlockAllocator(num_blocks)
         if max_sequences is not None:
             max_sequences = rows = as_int(max_sequences, "max_sequences", 1, INT32_MAX)
         if max_seq_len is not None:
             max_seq_len = columns = as_int(max_seq_len, "max_seq_len", 1, INT32_MAX)
+        columns = (columns + pages.block_size - 1) // pages.block_size
+        self.table = np.full((rows, columns), -1, np.int32)
         self.initialized = True
         self.page_table = pages
         self.allocator = allocator
@@ -176,8 +187,6 @@ cdef class KVCacheManager:
         self.allocator.read_only = True
         self.max_sequences = max_sequences
         self.max_seq_len = max_seq_len
-        columns = (columns + self.page_table.block_size - 1) // self.page_table.block_size
-        self.table = np.full((rows, columns), -1, np.int32)
 
     def __dealloc__(self):
         rf_free(self.sequences)
@@ -240,14 +249,23 @@ cdef class KVCacheManager:
 
     cdef int grow_table(self, int64_t rows, int64_t columns) except -1:
         """Make the block table at least this large; a new array, as old batches keep theirs."""
-        cdef int64_t old_rows = cnp.PyArray_DIM(self.table, 0)
-        cdef int64_t old_columns = cnp.PyArray_DIM(self.table, 1)
-        if rows <= old_rows and columns <= old_columns:
-            return 0
-        rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows, 16)
-        columns = old_columns if columns <= old_columns else max(columns, 2 * old_columns, 16)
-        table = np.full((rows, columns), -1, np.int32)
-        table[:old_rows, :old_columns] = self.table
+        cdef cnp.ndarray old, table
+        cdef int64_t old_rows, old_columns, new_rows, new_columns, row
+        while True:
+            old = self.table
+            old_rows, old_columns = cnp.PyArray_DIM(old, 0), cnp.PyArray_DIM(old, 1)
+            if rows <= old_rows and columns <= old_columns:
+                return 0
+            new_rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows, 16)
+            new_columns = old_columns if columns <= old_columns else max(columns, 2 * old_columns, 16)
+            table = np.full((new_rows, new_columns), -1, np.int32)
+            if self.table is old:  # else another thread grew it meanwhile
+                break
+        # by memcpy, as an assignment in NumPy lets other threads in, who may write to the old one
+        for row in range(old_rows):
+            memcpy(<int32_t *> cnp.PyArray_DATA(table) + row * new_columns,
+                   <int32_t *> cnp.PyArray_DATA(old) + row * old_columns,
+                   old_columns * sizeof(int32_t))
         self.table = table
         self.table_epoch += 1
         return 0
@@ -265,10 +283,14 @@ cdef class KVCacheManager:
         ValueError
             If the id is in use, out of range, or `max_sequences` are there already.
         """
-        cdef uint64_t key = as_sequence_id(sequence_id)
-        self.reserve_sequence()
-        if rf_id_map_find(&self.page_table.map, key) != RF_NO_ROW:
-            raise ValueError(f"sequence_id: sequence {sequence_id} is in the cache already")
+        cdef uint64_t key = as_sequence_id(sequence_id), changes
+        while True:
+            changes = self.changes
+            if rf_id_map_find(&self.page_table.map, key) != RF_NO_ROW:
+                raise ValueError(f"sequence_id: sequence {key} is in the cache already")
+            self.reserve_sequence()
+            if changes == self.changes:  # else another thread took the room meanwhile
+                break
         self.add_row(key, 0, 0)
 
     def fork(self, parent, child):
@@ -290,17 +312,20 @@ cdef class KVCacheManager:
         ValueError
             If `child` is in use or out of range, or `max_sequences` are there already.
         """
-        cdef uint64_t key = as_sequence_id(child)
+        cdef uint64_t key = as_sequence_id(child), changes
         cdef PageTable pages = self.page_table
         cdef int32_t source, row, bad
         cdef BlockList *blocks
         cdef int32_t *target
-        self.require(parent)
-        self.reserve_sequence()
-        # only now, as making room may have let another thread in
-        source = self.require(parent)
-        if rf_id_map_find(&pages.map, key) != RF_NO_ROW:
-            raise ValueError(f"child: sequence {child} is in the cache already")
+        parent = plain_int(parent, "sequence id")
+        while True:
+            changes = self.changes
+            source = self.require(parent)
+            if rf_id_map_find(&pages.map, key) != RF_NO_ROW:
+                raise ValueError(f"child: sequence {key} is in the cache already")
+            self.reserve_sequence()
+            if changes == self.changes:  # else another thread took the room meanwhile
+                break
         row = self.add_row(key, self.sequences[source].length, self.sequences[source].committed)
         blocks = &pages.lists[source]
         if pages.reserve_blocks(row, blocks.num) != RF_OK:
@@ -324,12 +349,13 @@ cdef class KVCacheManager:
         UnknownSequenceError
             If the sequence is not in the cache (a double free).
         """
-        cdef int32_t row = self.require(sequence_id), bad = 0
+        cdef uint64_t key = as_sequence_id(sequence_id)
+        cdef int32_t row = self.require(key), bad = 0
         cdef BlockList *blocks = &self.page_table.lists[row]
         cdef int status = rf_block_pool_release(
             &self.allocator.pool, blocks.ids, blocks.num, False, &bad)
         self.allocator.check(status, blocks.ids[bad] if blocks.num else 0, blocks.num)
-        self.page_table.drop_row(as_sequence_id(sequence_id))
+        self.page_table.drop_row(key)
         self.sequences[row].version = 0
         self.changes += 1
 
@@ -388,8 +414,7 @@ cdef class KVCacheManager:
             changes = self.changes
             columns = self.plan(batch, &num_copies)
             self.grow_table(0, columns)
-            if num_copies:
-                batch.copies = np.empty((num_copies, 2), np.int32)
+            make_arrays(batch, num_copies)
             # Creating objects may run the garbage collector and with it anybody's code. From here
             # on nothing does, and nothing can fail.
             if changes == self.changes:
@@ -408,50 +433,63 @@ cdef class KVCacheManager:
         cdef int64_t limit = INT32_MAX if self.max_seq_len is None else self.max_seq_len
         cdef int64_t length, needed = 0, columns = 0, blocks, block_size = pages.block_size
         cdef int32_t i, j, row, last, planned = 0
+        cdef str problem = None
         cdef Item *item
         cdef Sequence *sequence
         num_copies[0] = 0
         self.plannings += 1
-        try:
-            for i in range(batch.num_sequences):
-                item = &batch.items[i]
-                row = rf_id_map_find(&pages.map, ids[i])
-                if row == RF_NO_ROW:
-                    raise UnknownSequenceError(
-                        f"sequence_ids[{i}]: sequence {ids[i]} is not in the cache")
-                sequence = &self.sequences[row]
-                if sequence.seen == self.plannings:
-                    raise ValueError(f"sequence_ids[{i}]: sequence {ids[i]} is named twice")
-                sequence.seen = self.plannings
-                length = sequence.length + item.num_tokens
-                if length > limit:
-                    raise ValueError(f"num_tokens: sequence {ids[i]} would have {length} tokens, "
-                                     f"max_seq_len is {limit}")
-                blocks = (length + block_size - 1) // block_size
-                item.row = row
-                item.start = sequence.length
-                item.version = sequence.version
-                item.new_blocks = <int32_t> (blocks - pages.lists[row].num)
-                item.copies = False
-                if sequence.length % block_size:
-                    last = pages.lists[row].ids[sequence.length // block_size]
-                    if pool.blocks[last].ref_count > 1:
-                        # Its own copy leaves one holder less for the sequences that follow in this
-                        # batch: the last of them may write in place.
-                        pool.blocks[last].ref_count -= 1
-                        item.copies = True
-                        num_copies[0] += 1
-                planned = i + 1
-                needed += item.new_blocks + item.copies
-                columns = max(columns, blocks)
-                if pages.reserve_blocks(row, item.new_blocks) != RF_OK:
-                    raise MemoryError(f"no memory for {item.new_blocks} blocks of the page table")
-        finally:
-            for j in range(planned):
-                if batch.items[j].copies:
-                    row = batch.items[j].row
-                    last = pages.lists[row].ids[batch.items[j].start // block_size]
-                    pool.blocks[last].ref_count += 1
+        for i in range(batch.num_sequences):
+            item = &batch.items[i]
+            row = rf_id_map_find(&pages.map, ids[i])
+            if row == RF_NO_ROW:
+                problem = "unknown"
+                break
+            sequence = &self.sequences[row]
+            if sequence.seen == self.plannings:
+                problem = "twice"
+                break
+            sequence.seen = self.plannings
+            length = sequence.length + item.num_tokens
+            if length > limit:
+                problem = "long"
+                break
+            blocks = (length + block_size - 1) // block_size
+            item.row = row
+            item.start = sequence.length
+            item.version = sequence.version
+            item.new_blocks = <int32_t> (blocks - pages.lists[row].num)
+            item.copies = False
+            if pages.reserve_blocks(row, item.new_blocks) != RF_OK:
+                problem = "memory"
+                break
+            if sequence.length % block_size:
+                last = pages.lists[row].ids[sequence.length // block_size]
+                if pool.blocks[last].ref_count > 1:
+                    # Its own copy leaves one holder less for the sequences that follow in this
+                    # batch: the last of them may write in place.
+                    pool.blocks[last].ref_count -= 1
+                    item.copies = True
+                    num_copies[0] += 1
+            planned = i + 1
+            needed += item.new_blocks + item.copies
+            columns = max(columns, blocks)
+        for j in range(planned):
+            if batch.items[j].copies:
+                row = batch.items[j].row
+                last = pages.lists[row].ids[batch.items[j].start // block_size]
+                pool.blocks[last].ref_count += 1
+        # Raised only now that the counts are right again: to make an exception may run the garbage
+        # collector, and a finalizer that frees its sequence.
+        if problem is not None:
+            where = f"sequence_ids[{i}]: sequence {ids[i]}"
+            if problem == "unknown":
+                raise UnknownSequenceError(f"{where} is not in the cache")
+            if problem == "twice":
+                raise ValueError(f"{where} is named twice")
+            if problem == "long":
+                raise ValueError(f"num_tokens: sequence {ids[i]} would have {length} tokens, "
+                                 f"max_seq_len is {limit}")
+            raise MemoryError(f"no memory for {item.new_blocks} blocks of the page table")
         if needed > rf_block_pool_num_available(pool):
             raise OutOfBlocksError(needed, rf_block_pool_num_available(pool))
         return columns
