@@ -5,10 +5,10 @@ import pickle
 
 import numpy as np
 import pytest
-from metadata_state import raises_unchanged, state_of
-from rocmforge.block_allocator import PhysicalBlock
 
+from metadata_state import raises_unchanged, state_of
 from rocmforge import BlockAllocator, RocmForgeError
+from rocmforge.block_allocator import PhysicalBlock
 from rocmforge.errors import InvalidBlockError, OutOfBlocksError
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from ops_cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, make
 
+from ops_cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, make
 from rocmforge import reference
 from rocmforge.ops import _cpu, paged_attention
 

@@ -9,8 +9,8 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from metadata_state import raises_unchanged
 
+from metadata_state import raises_unchanged
 from rocmforge import PageTable, RocmForgeError
 from rocmforge.errors import UnknownSequenceError
 
