@@ -256,8 +256,11 @@ cdef class KVCacheManager:
             old_rows, old_columns = cnp.PyArray_DIM(old, 0), cnp.PyArray_DIM(old, 1)
             if rows <= old_rows and columns <= old_columns:
                 return 0
-            new_rows = old_rows if rows <= old_rows else max(rows, 2 * old_rows, 16)
-            new_columns = old_columns if columns <= old_columns else max(columns, 2 * old_columns, 16)
+            new_rows, new_columns = old_rows, old_columns
+            if rows > old_rows:
+                new_rows = max(rows, 2 * old_rows, 16)
+            if columns > old_columns:
+                new_columns = max(columns, 2 * old_columns, 16)
             table = np.full((new_rows, new_columns), -1, np.int32)
             if self.table is old:  # else another thread grew it meanwhile
                 break
