@@ -5,7 +5,9 @@ __version__ = "0.1.0"
 try:
     from rocmforge.block_allocator import BlockAllocator
     from rocmforge.errors import RocmForgeError
+    from rocmforge.kv_cache import KVCache
     from rocmforge.kv_cache_manager import Batch, KVCacheManager
+    from rocmforge.ops import copy_blocks, paged_attention, set_num_threads, write_kv
     from rocmforge.page_table import PageTable
 except ModuleNotFoundError as _error:
     if _error.name is None or not _error.name.startswith("rocmforge."):
@@ -16,4 +18,15 @@ except ModuleNotFoundError as _error:
         "`pytest --import-mode=importlib`."
     ) from _error
 
-__all__ = ["Batch", "BlockAllocator", "KVCacheManager", "PageTable", "RocmForgeError"]
+__all__ = [
+    "Batch",
+    "BlockAllocator",
+    "KVCache",
+    "KVCacheManager",
+    "PageTable",
+    "RocmForgeError",
+    "copy_blocks",
+    "paged_attention",
+    "set_num_threads",
+    "write_kv",
+]
