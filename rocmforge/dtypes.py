@@ -25,8 +25,8 @@ def resolve(dtype: object) -> np.dtype[Any]:
     Parameters
     ----------
     dtype : str, type or numpy.dtype
-        ``"float32"``, ``"float16"``, ``"bfloat16"``, or the NumPy or ml_dtypes type or dtype of that
-        name, in native byte order.
+        ``"float32"``, ``"float16"``, ``"bfloat16"``, or the NumPy or ml_dtypes type or dtype of
+        that name, in native byte order.
 
     Returns
     -------

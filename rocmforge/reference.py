@@ -23,11 +23,12 @@ def _head_first(cache: Array, layout: str) -> Array:
 
 
 def softmax(logits: Array) -> Array:
-    """Softmax over the last axis; a row that is -inf throughout (nothing is visible) gives zeros."""
+    """Softmax over the last axis; a row that is all -inf (nothing is visible) gives zeros."""
     top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(logits - np.where(np.isneginf(top), 0.0, top))
     total = weights.sum(axis=-1, keepdims=True)
-    return np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    result: Array = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    return result
 
 
 def paged_attention(

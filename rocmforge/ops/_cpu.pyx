@@ -1,9 +1,9 @@
-# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python, boundscheck=False, wraparound=False, initializedcheck=False
+# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python
+# cython: boundscheck=False, wraparound=False, initializedcheck=False
 """The operations on the CPU: every argument is checked here, then C does the work."""
 
 cimport numpy as cnp
 from cpython.bool cimport PyBool_Check
-from cpython.float cimport PyFloat_CheckExact
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_INCREF
 from libc.math cimport INFINITY, sqrt
@@ -181,12 +181,13 @@ cdef object _import_dlpack(object x, str name):
     except TypeError:  # a producer from before DLPack 1.0
         capsule = x.__dlpack__()
     cdef rf_dl_tensor *t
+    cdef rf_dl_versioned *managed
     cdef int flags = cnp.NPY_ARRAY_WRITEABLE
     if PyCapsule_IsValid(capsule, "dltensor_versioned"):
-        t = &(<rf_dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")).tensor
-        if (<rf_dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
-                ).flags & RF_DL_READ_ONLY:
+        managed = <rf_dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
+        if managed.flags & RF_DL_READ_ONLY:
             flags = 0
+        t = &managed.tensor
     else:
         t = &(<rf_dl_managed *>PyCapsule_GetPointer(capsule, "dltensor")).tensor
     cdef cnp.dtype descr
@@ -199,8 +200,8 @@ cdef object _import_dlpack(object x, str name):
     elif t.lanes == 1 and t.code == RF_DL_INT and t.bits in (32, 64):
         descr = np.dtype(np.int32 if t.bits == 32 else np.int64)
     else:
-        raise ValueError(f"{name} must be float32, float16, bfloat16, int32 or int64, got DLPack type "
-                         f"code {t.code} with {t.bits} bits and {t.lanes} lanes")
+        raise ValueError(f"{name} must be float32, float16, bfloat16, int32 or int64, got DLPack "
+                         f"type code {t.code} with {t.bits} bits and {t.lanes} lanes")
     if t.ndim > 8:
         raise ValueError(f"{name} must have at most 4 dimensions, got {t.ndim}")
     cdef cnp.npy_intp dims[8]
@@ -428,8 +429,8 @@ cdef int _raise(rf_fault *f) except -1:
     if f.code == RF_FAULT_CU_ORDER:
         raise ValueError(f"cu_seqlens_q must not decrease, got {value} at index {i} after {limit}")
     if f.code == RF_FAULT_CU_END:
-        raise ValueError(f"cu_seqlens_q must stay within the {limit} tokens of query, got {value} at "
-                         f"index {i}")
+        raise ValueError(f"cu_seqlens_q must stay within the {limit} tokens of query, got {value} "
+                         f"at index {i}")
     if f.code == RF_FAULT_QUERY_LONGER:
         raise ValueError(f"seq_lens must include the new tokens: sequence {i} has {value} query "
                          f"tokens and a seq_len of {limit}")
@@ -443,12 +444,12 @@ cdef int _raise(rf_fault *f) except -1:
         raise ValueError(f"block_table must name blocks below {limit}, got {value} at row {i}, "
                          f"column {f.index2}")
     if f.code == RF_FAULT_SLOT:
-        raise ValueError(f"slot_mapping must name slots below {limit} (num_blocks times block_size), "
-                         f"got {value} at index {i}")
+        raise ValueError(f"slot_mapping must name slots below {limit} (num_blocks times "
+                         f"block_size), got {value} at index {i}")
     if f.code == RF_FAULT_COPY_RANGE:
         raise ValueError(f"copies must name blocks 0 to {limit - 1}, got {value} at index {i}")
-    raise ValueError(f"copies must not depend on their order: block {value}, a destination at index "
-                     f"{i}, is a source or destination of another copy")
+    raise ValueError(f"copies must not depend on their order: block {value}, a destination at "
+                     f"index {i}, is a source or destination of another copy")
 
 
 # ---------------------------------------------------------------- operations
@@ -459,9 +460,9 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     """Attention of new tokens to the paged context of their sequences.
 
     Decode (one query token a sequence), prefill (many) and both in one ragged batch. Synchronous.
-    Softmax and sums are float32. The bits of a sequence's result depend only on its own query tokens,
-    keys, values and length: not on the rest of the batch, the order of its blocks, or the number of
-    threads.
+    Softmax and sums are float32. The bits of a sequence's result depend only on its own query
+    tokens, keys, values and length: not on the rest of the batch, the order of its blocks, or the
+    number of threads.
 
     Parameters
     ----------
@@ -484,7 +485,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     scale : float, optional
         Factor of the logits; ``1 / sqrt(head_dim)`` by default.
     causal : bool
-        A query token sees no later token; aligned so that the last one sees the last of the context.
+        A query token sees no later token; aligned so that the last sees the last of the context.
     max_seqlen_q, max_seq_len : int, optional
         Bounds of query tokens a sequence and of seq_lens, checked here; a GPU launch needs them.
     layout : {"HND", "NHD"}
@@ -500,7 +501,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     Raises
     ------
     ValueError
-        A dtype, shape, stride or index that does not fit, named with what was expected and what came.
+        A dtype, shape, stride or index that does not fit, with what was expected and what came.
     TypeError
         An argument of a wrong kind.
     MemoryError
@@ -548,8 +549,8 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     if cnp.PyArray_DIM(k, 3) != p.head_dim:
         raise ValueError(f"k_cache must have the head_dim of query, {p.head_dim}, got {_shape(k)}")
     if p.num_heads < 1 or p.num_heads % p.num_kv_heads:
-        raise ValueError(f"query must have a multiple of the {p.num_kv_heads} heads of k_cache, got "
-                         f"{p.num_heads} heads")
+        raise ValueError(f"query must have a multiple of the {p.num_kv_heads} heads of k_cache, "
+                         f"got {p.num_heads} heads")
     _vectors(q, "query", &p.query)
     _pool(k, "k_cache", nhd, &p.k)
     _pool(v, "v_cache", nhd, &p.v)
@@ -665,7 +666,7 @@ def write_kv(key, value, k_cache, v_cache, slot_mapping, *, layout="HND"):
     Raises
     ------
     ValueError
-        A dtype, shape, stride or slot that does not fit, named with what was expected and what came.
+        A dtype, shape, stride or slot that does not fit, with what was expected and what came.
     TypeError
         An argument of a wrong kind. After any error nothing was written.
     """
@@ -805,7 +806,8 @@ def copy_blocks(caches, copies):
         if num_blocks < 0:
             num_blocks = cnp.PyArray_DIM(a, 0)
         elif cnp.PyArray_DIM(a, 0) != num_blocks:
-            raise ValueError(f"{name} must have the {num_blocks} blocks of caches[0], got {_shape(a)}")
+            raise ValueError(f"{name} must have the {num_blocks} blocks of caches[0], "
+                             f"got {_shape(a)}")
         _apart(a, name, pairs, "copies")
         size += pools[i].outer * pools[i].middle * pools[i].inner
     if n == 0 or not arrays:
