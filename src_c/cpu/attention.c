@@ -56,7 +56,7 @@ static void add_tasks(plan *pl, int64_t i, const rf_seq *s, int64_t q0, int64_t 
     int64_t cost = cost_of(tokens + 1, rows);
     int64_t heads = smaller(RF_MAX_ROWS / rows, smaller(RF_MAX_HEADS, pl->max_cost / cost));
     if (heads < 1) heads = 1;
-    int64_t pieces = smaller(parts, (cost + pl->max_cost - 1) / pl->max_cost);
+    int64_t pieces = smaller(parts, (cost - 1) / pl->max_cost + 1);
     if (pieces < 1) pieces = 1;
     int64_t scratch = pl->kernels->scratch_floats(p, rows, heads);
     if (scratch > pl->scratch_floats) pl->scratch_floats = scratch;
