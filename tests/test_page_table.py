@@ -449,6 +449,7 @@ print(resident() - before, table.nbytes, sum(counts))
 """
 
 
+@pytest.mark.uninstrumented
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 @pytest.mark.parametrize("most", [1, 8, 40])
 @pytest.mark.parametrize("growth", ["whole", "single", "rounds"])
