@@ -1,3 +1,4 @@
+cimport numpy as cnp
 from libc.stdint cimport int32_t, uint64_t
 
 from rocmforge._core cimport rf_id_map
@@ -25,4 +26,5 @@ cdef class PageTable:
     cdef int32_t find(self, object sequence_id) except -2
     cdef int32_t require(self, object sequence_id) except -2
     cdef int check_writable(self) except -1
+    cdef cnp.ndarray copy_ids(self, int32_t row)
     cdef int32_t append(self, uint64_t sequence_id, const int32_t *ids, int32_t n) except -2

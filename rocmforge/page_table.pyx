@@ -279,8 +279,19 @@ cdef class PageTable:
         cdef int32_t row = self.find(sequence_id), i
         if row == RF_NO_ROW:
             return None
-        cdef BlockList *blocks = &self.lists[row]
-        return [(blocks.ids[i], i) for i in range(blocks.num)]
+        # From a copy: making tuples may run the garbage collector, and a finalizer that removes
+        # the sequence.
+        cdef cnp.ndarray copied = self.copy_ids(row)
+        cdef const int32_t *ids = <const int32_t *> cnp.PyArray_DATA(copied)
+        return [(ids[i], i) for i in range(<int32_t> cnp.PyArray_SIZE(copied))]
+
+    cdef cnp.ndarray copy_ids(self, int32_t row):
+        """The block ids of a row as a new array; runs nobody else's code."""
+        cdef cnp.npy_intp n = self.lists[row].num
+        cdef cnp.ndarray ids = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT32)
+        if n:
+            memcpy(cnp.PyArray_DATA(ids), self.lists[row].ids, n * sizeof(int32_t))
+        return ids
 
     def block_ids(self, sequence_id, out=None):
         """The block ids of a sequence as an array; a copy.
@@ -304,18 +315,15 @@ cdef class PageTable:
         ValueError
             If `out` has another dtype or too little room.
         """
-        cdef int32_t row = self.require(sequence_id)
-        cdef BlockList *blocks = &self.lists[row]
-        cdef cnp.npy_intp n = blocks.num
-        cdef cnp.ndarray result
+        cdef cnp.ndarray ids = self.copy_ids(self.require(sequence_id)), result
+        cdef cnp.npy_intp n = cnp.PyArray_SIZE(ids)
         if out is None:
-            result = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT32)
-        else:
-            if cnp.PyArray_Check(out) and out.ndim == 1 and out.shape[0] > n:
-                out = out[:n]
-            result = as_out(out, "out", cnp.NPY_INT32, (n,))
+            return ids
+        if cnp.PyArray_Check(out) and out.ndim == 1 and out.shape[0] > n:
+            out = out[:n]
+        result = as_out(out, "out", cnp.NPY_INT32, (n,))
         if n:
-            memcpy(cnp.PyArray_DATA(result), blocks.ids, n * sizeof(int32_t))
+            memcpy(cnp.PyArray_DATA(result), cnp.PyArray_DATA(ids), n * sizeof(int32_t))
         return result
 
     # ---- batches ----
