@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "require.h"
 #include "rf/alloc.h"
 
 int rf_block_pool_init(rf_block_pool *pool, int64_t num_blocks) {
@@ -139,14 +140,6 @@ int32_t rf_block_pool_take_evicted(rf_block_pool *pool, int32_t *ids) {
     pool->num_evicted = 0;
     return n;
 }
-
-#define REQUIRE(condition, sentence)                                                               \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            *reason = (sentence);                                                                  \
-            return RF_ERR_BAD_ARGUMENT;                                                            \
-        }                                                                                          \
-    } while (0)
 
 int rf_block_pool_validate(const rf_block_pool *pool, const char **reason) {
     *reason = "";

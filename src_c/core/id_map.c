@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "require.h"
 #include "rf/alloc.h"
 
 void rf_id_map_free(rf_id_map *map) {
@@ -81,22 +82,32 @@ int32_t rf_id_map_remove(rf_id_map *map, uint64_t id) {
 
 int rf_id_map_validate(const rf_id_map *map, const char **reason) {
     *reason = "";
-    int32_t taken = 0, free_rows = 0;
+    REQUIRE((map->num_slots & (map->num_slots - 1)) == 0, "num_slots is no power of two");
+    REQUIRE(map->num_rows >= 0 && map->num_rows <= map->row_capacity, "num_rows out of range");
+    uint32_t taken = 0;
     for (uint32_t s = 0; s < map->num_slots; s++) {
         const int32_t row = map->slots[s];
         if (row == RF_NO_ROW) continue;
+        REQUIRE(row >= 0 && row < map->num_rows, "a slot with a row out of range");
         taken++;
-        if (row < 0 || row >= map->num_rows) *reason = "a slot with a row out of range";
-        else if (rf_id_map_find(map, map->ids[row]) != row) *reason = "an id that is not found";
     }
-    for (int32_t row = map->free_row; row != RF_NO_ROW && free_rows <= map->num_rows; free_rows++) {
-        if (row < 0 || row >= map->num_rows) {
-            *reason = "a free row out of range";
-            break;
-        }
-        row = (int32_t)(int64_t)map->ids[row];
+    REQUIRE(map->num_ids >= 0 && taken == (uint32_t)map->num_ids,
+            "num_ids differs from the slots taken");
+    /* from here on a find stays in bounds and ends */
+    REQUIRE(taken == 0 || taken < map->num_slots, "no empty slot");
+    int32_t found = 0, free_rows = 0;
+    for (int32_t row = 0; row < map->num_rows; row++) {
+        found += rf_id_map_find(map, map->ids[row]) == row;
     }
-    if (taken != map->num_ids) *reason = "num_ids differs from the slots taken";
-    if (free_rows + map->num_ids != map->num_rows) *reason = "rows free + rows used != rows";
-    return **reason ? RF_ERR_BAD_ARGUMENT : RF_OK;
+    REQUIRE(found == map->num_ids, "an id that is not found");
+    for (int32_t row = map->free_row; row != RF_NO_ROW; free_rows++) {
+        REQUIRE(row >= 0 && row < map->num_rows, "a free row out of range");
+        REQUIRE(free_rows < map->num_rows, "a list of free rows that does not end");
+        REQUIRE(rf_id_map_find(map, map->ids[row]) != row, "a row both free and in use");
+        const uint64_t next = map->ids[row];
+        row = next < (uint64_t)map->num_rows ? (int32_t)next : RF_NO_ROW;
+        REQUIRE(row != RF_NO_ROW || next == UINT64_MAX, "a free row out of range");
+    }
+    REQUIRE(free_rows + map->num_ids == map->num_rows, "rows free + rows used != rows");
+    return RF_OK;
 }
