@@ -5,6 +5,7 @@ import gc
 import pickle
 import sys
 import threading
+from functools import partial
 from random import Random
 
 import numpy as np
@@ -709,17 +710,34 @@ def test_a_construction_that_failed_can_be_repeated():
     assert manager.num_blocks == 4
 
 
-class Request:
-    """What an engine has: an object in a cycle, whose finalizer frees its sequence."""
+class Finalized:
+    """An object in a cycle, such as an engine's request, and what is done when it is collected."""
 
-    def __init__(self, manager, sequence_id):
-        self.manager, self.sequence_id, self.cycle = manager, sequence_id, self
+    def __init__(self, action):
+        self.action, self.cycle = action, self
 
     def __del__(self):
-        self.manager.free(self.sequence_id)
+        self.action()
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="collects between bytecodes only")
+def call_and_collect(call, delay):
+    """Make the call with a garbage collection at the delay-th object that it creates."""
+    threshold = gc.get_threshold()
+    gc.set_threshold(gc.get_count()[0] + delay)
+    try:
+        call()
+    except (ValueError, KeyError, MemoryError):
+        pass
+    finally:
+        gc.set_threshold(*threshold)
+
+
+collects_in_c = pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="garbage is collected between bytecodes only"
+)
+
+
+@collects_in_c
 @pytest.mark.parametrize("num_requests", [1, 14])  # with 14 the table is full
 @pytest.mark.parametrize(
     "call",
@@ -743,23 +761,33 @@ class Request:
     ],
 )
 def test_a_finalizer_may_free_its_sequence_during_any_call(call, num_requests):
-    threshold = gc.get_threshold()
     for delay in range(12):  # the collection comes at each allocation of the call in turn
         manager = manager_of({1: 6, 2: 5})
         for child in range(10, 10 + num_requests):
             manager.fork(1, child)
-            Request(manager, child)
-        gc.set_threshold(gc.get_count()[0] + delay)
-        try:
-            call(manager)
-        except (ValueError, KeyError, MemoryError):
-            pass
-        finally:
-            gc.set_threshold(*threshold)
+            Finalized(partial(manager.free, child))
+        call_and_collect(lambda manager=manager: call(manager), delay)
         manager.check_integrity()
         gc.collect()
         manager.check_integrity()
         assert 10 not in manager
+
+
+@pytest.mark.parametrize("num_added", [1, 19, 20, 21])  # 20 fill the room for ids exactly
+@pytest.mark.parametrize("method", ["add_sequence", "fork to"])
+def test_a_finalizer_may_add_sequences_while_the_table_grows(method, num_added):
+    for delay in range(12):
+        manager = manager_of(dict.fromkeys(range(16), 5))
+
+        def add(manager=manager):
+            for sequence_id in range(100, 100 + num_added):
+                manager.add_sequence(sequence_id)
+
+        Finalized(add)
+        call_and_collect(lambda manager=manager: BY_ID[method](manager, 50), delay)
+        gc.collect()
+        manager.check_integrity()
+        assert len(manager) == 17 + num_added
 
 
 @pytest.mark.parametrize("limits", [{}, {"max_sequences": 4 * 12, "max_seq_len": 480}])
