@@ -24,8 +24,8 @@ typedef struct plan {
     const rf_kernels *kernels;
 } plan;
 
-/* Work of attending `rows` rows to `tokens` tokens of one head: reading a token costs about as much as
- * four rows of arithmetic. */
+/* Work of attending `rows` rows to `tokens` tokens of one head: reading a token costs about as much
+ * as four rows of arithmetic. */
 static int64_t cost_of(int64_t tokens, int64_t rows) { return tokens * (rows + 4); }
 
 static int64_t query_tile(const rf_attention_params *p) {
@@ -48,7 +48,8 @@ static int64_t total_cost(const rf_attention_params *p) {
     return total;
 }
 
-/* Adds the tasks of query tokens q0 .. q0 + n - 1 of sequence i; with plan->tasks NULL only counts. */
+/* Adds the tasks of query tokens q0 .. q0 + n - 1 of sequence i; with plan->tasks NULL only counts.
+ */
 static void add_tasks(plan *pl, int64_t i, const rf_seq *s, int64_t q0, int64_t n) {
     const rf_attention_params *p = pl->p;
     int64_t rows = n * (p->num_heads / p->num_kv_heads);
@@ -58,17 +59,17 @@ static void add_tasks(plan *pl, int64_t i, const rf_seq *s, int64_t q0, int64_t 
     if (heads < 1) heads = 1;
     int64_t pieces = smaller(parts, (cost - 1) / pl->max_cost + 1);
     if (pieces < 1) pieces = 1;
-    int64_t scratch = pl->kernels->scratch_floats(p, rows, heads);
+    int64_t scratch = pl->kernels->scratch_floats(p, rows * heads);
     if (scratch > pl->scratch_floats) pl->scratch_floats = scratch;
     for (int64_t head = 0; head < p->num_kv_heads; head += heads) {
         int64_t h = smaller(heads, p->num_kv_heads - head);
-        if (pieces > 1) { /* then heads is 1 */
+        if (pieces > 1) {
             if (pl->merges)
-                pl->merges[pl->num_merges] = (rf_merge){pl->state_floats, (int32_t)i,
-                                                        (int32_t)head,    (int32_t)q0,
-                                                        (int32_t)n,       (int32_t)parts,
-                                                        (int32_t)pieces};
-            pl->state_floats += parts * rf_state_floats(rows, p->v_head_dim);
+                pl->merges[pl->num_merges] = (rf_merge){
+                    pl->state_floats, (int32_t)i, (int32_t)head,  (int32_t)h,
+                    (int32_t)q0,      (int32_t)n, (int32_t)parts, (int32_t)pieces,
+                };
+            pl->state_floats += parts * rf_state_floats(rows * h, p->v_head_dim);
         }
         for (int64_t j = 0; j < pieces; j++, pl->num_tasks++) {
             if (!pl->tasks) continue;
@@ -91,7 +92,8 @@ static void make_tasks(plan *pl) {
     const rf_attention_params *p = pl->p;
     int64_t tile = query_tile(p);
     pl->num_tasks = pl->num_merges = pl->state_floats = pl->scratch_floats = 0;
-    /* Long prompts first, and of each the last queries, which see most: threads end on small tasks. */
+    /* Long prompts first, and of each the last queries, which see most: threads end on small tasks.
+     */
     for (int pass = 0; pass < 2; pass++)
         for (int64_t i = 0; i < p->num_seqs; i++) {
             rf_seq s = rf_seq_of(p, i);

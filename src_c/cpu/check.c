@@ -32,11 +32,9 @@ int rf_cpu_check_attention(const rf_attention_params *p, int64_t max_seqlen_q, i
                 return fault_at(f, RF_FAULT_CU_END, i + 1, 0, cu[i + 1], p->num_tokens);
             q_len = cu[i + 1] - cu[i];
         }
-        if (row < 0 || row >= p->num_rows)
-            return fault_at(f, RF_FAULT_ROW, i, 0, row, p->num_rows);
+        if (row < 0 || row >= p->num_rows) return fault_at(f, RF_FAULT_ROW, i, 0, row, p->num_rows);
         if (len < 0 || len > capacity) return fault_at(f, RF_FAULT_SEQ_LEN, i, 0, len, capacity);
-        if (len > 0 && q_len > len)
-            return fault_at(f, RF_FAULT_QUERY_LONGER, i, 0, q_len, len);
+        if (len > 0 && q_len > len) return fault_at(f, RF_FAULT_QUERY_LONGER, i, 0, q_len, len);
         if (max_seqlen_q >= 0 && q_len > max_seqlen_q)
             return fault_at(f, RF_FAULT_MAX_QUERY, i, 0, q_len, max_seqlen_q);
         if (max_seq_len >= 0 && len > max_seq_len)

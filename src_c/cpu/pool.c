@@ -9,7 +9,8 @@
 #include "rf/status.h"
 
 /* How long to poll before sleeping. A wake-up through the kernel costs 5 to 50 us; within one model
- * step the next call comes sooner than that, and more would take time from other libraries' threads. */
+ * step the next call comes sooner than that, and more would take time from other libraries'
+ * threads. */
 #define SPIN_WORKER_NS 30000
 #define SPIN_CALLER_NS 100000
 
@@ -112,8 +113,8 @@ void rf_pool_destroy(rf_pool *p) {
 int rf_pool_threads(const rf_pool *p) { return atomic_load(&p->threads); }
 void rf_pool_set_threads(rf_pool *p, int threads) { atomic_store(&p->threads, threads); }
 
-/* In a child of the process that started the workers: there are none, and the lock may have been held
- * by a thread that does not exist here. */
+/* In a child of the process that started the workers: there are none, and the lock may have been
+ * held by a thread that does not exist here. */
 static int forget_workers(rf_pool *p, int64_t pid) {
     int64_t owner = atomic_load(&p->owner);
     if (owner == pid) return 1;

@@ -1,10 +1,10 @@
 /* Worker threads for loops of independent tasks.
  *
  * Not OpenMP, for four reasons: libgomp's workers do not survive fork() and the child hangs; a
- * parallel region waits for every thread to wake, also when the caller could have done all the work by
- * then; its threads spin for milliseconds after a region and take the processor from the matrix product
- * that comes next; and a wheel would depend on the compiler's runtime library. Here a region ends when
- * its tasks are done, by whomever, so a worker that wakes late costs nothing. */
+ * parallel region waits for every thread to wake, also when the caller could have done all the work
+ * by then; its threads spin for milliseconds after a region and take the processor from the matrix
+ * product that comes next; and a wheel would depend on the compiler's runtime library. Here a
+ * region ends when its tasks are done, by whomever, so a worker that wakes late costs nothing. */
 #ifndef RF_CPU_POOL_H
 #define RF_CPU_POOL_H
 
@@ -16,9 +16,9 @@
 typedef void (*rf_task_fn)(void *arg, int64_t task, int worker);
 
 typedef struct rf_pool {
-    _Atomic int32_t busy;    /* 1 while a caller owns the pool */
-    _Atomic int64_t owner;   /* process that started the workers; they do not exist in its children */
-    int32_t started;         /* workers running, the caller not counted */
+    _Atomic int32_t busy;  /* 1 while a caller owns the pool */
+    _Atomic int64_t owner; /* process that started the workers; they do not exist in its children */
+    int32_t started;       /* workers running, the caller not counted */
     _Atomic int32_t threads; /* asked for, the caller counted */
     int32_t capacity;        /* of ids */
     pthread_t *ids;          /* [started] */
@@ -27,10 +27,10 @@ typedef struct rf_pool {
     pthread_cond_t wake;  /* workers wait here */
     pthread_cond_t done;  /* the caller waits here */
 
-    _Atomic uint32_t epoch;    /* counts regions: a change is a worker's signal */
-    _Atomic int32_t sleepers;  /* workers in, or about to enter, pthread_cond_wait */
-    _Atomic int32_t sleeping;  /* the caller is, or is about to be */
-    _Atomic int32_t quit;      /* workers end */
+    _Atomic uint32_t epoch;     /* counts regions: a change is a worker's signal */
+    _Atomic int32_t sleepers;   /* workers in, or about to enter, pthread_cond_wait */
+    _Atomic int32_t sleeping;   /* the caller is, or is about to be */
+    _Atomic int32_t quit;       /* workers end */
     _Atomic uint64_t unclaimed; /* epoch << 32 | tasks of that region not yet taken */
     _Atomic int64_t finished;   /* tasks of this region */
 

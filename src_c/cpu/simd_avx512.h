@@ -1,4 +1,5 @@
-/* Vectors of sixteen floats: AVX-512 F, BW, DQ, VL. The contract of each name is in simd_portable.h. */
+/* Vectors of sixteen floats: AVX-512 F, BW, DQ, VL. The contract of each name is in
+ * simd_portable.h. */
 #ifndef RF_SIMD_H
 #define RF_SIMD_H
 
@@ -17,9 +18,27 @@ static inline vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
 static inline void vf_store(float *p, vf v) { _mm512_storeu_ps(p, v); }
 static inline float vf_first(vf v) { return _mm512_cvtss_f32(v); }
 static inline vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+static inline vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
+static inline vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+static inline vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+static inline vf vf_zero_if_equal(vf a, vf b) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), a);
+}
 static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
-static inline float vf_hsum(vf v) { return _mm512_reduce_add_ps(v); }
-static inline float vf_hmax(vf v) { return _mm512_reduce_max_ps(v); }
+static inline void vf_hsum4(const vf v[4], float out[4]) {
+    vf x = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    vf y = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    x = _mm512_add_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+    __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
+static inline void vf_hmax4(const vf v[4], float out[4]) {
+    vf x = _mm512_max_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+    vf y = _mm512_max_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+    x = _mm512_max_ps(_mm512_shuffle_ps(x, y, 0x44), _mm512_shuffle_ps(x, y, 0xee));
+    __m256 h = _mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+    _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+}
 
 static inline vf vf_exp2(vf x) {
     vf t = _mm512_max_ps(vf_set1(-200.0f), x); /* -inf would become NaN below; 2^-200 is 0 */
@@ -120,10 +139,10 @@ static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds
     if (rb == 4) {
         vf r0 = rf_reduce_row(acc[0]), r1 = rf_reduce_row(acc[1]);
         vf r2 = rf_reduce_row(acc[2]), r3 = rf_reduce_row(acc[3]);
-        vf r01 = _mm512_add_ps(_mm512_shuffle_f32x4(r0, r1, 0x44),
-                               _mm512_shuffle_f32x4(r0, r1, 0xee));
-        vf r23 = _mm512_add_ps(_mm512_shuffle_f32x4(r2, r3, 0x44),
-                               _mm512_shuffle_f32x4(r2, r3, 0xee));
+        vf r01 =
+            _mm512_add_ps(_mm512_shuffle_f32x4(r0, r1, 0x44), _mm512_shuffle_f32x4(r0, r1, 0xee));
+        vf r23 =
+            _mm512_add_ps(_mm512_shuffle_f32x4(r2, r3, 0x44), _mm512_shuffle_f32x4(r2, r3, 0xee));
         vf r = _mm512_add_ps(_mm512_shuffle_f32x4(r01, r23, 0x88),
                              _mm512_shuffle_f32x4(r01, r23, 0xdd));
         _mm_storeu_ps(s, _mm512_castps512_ps128(r));

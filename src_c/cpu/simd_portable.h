@@ -5,9 +5,9 @@
  *   RF_TB       tokens of a query-key block; RF_RB rows of queries in it (registers decide).
  *   rf_ld2_T    2 * RF_W elements of storage type T as two vectors. The order of elements within
  *               the pair is the variant's own (bfloat16 splits into even and odd), the same for
- *               queries, keys, values; rf_st2_T undoes it. _part: only the first n, a multiple of 8,
- *               are touched in memory; the others are zero.
- *   rf_reduce   sums the lanes of acc[row][token] into s[row * lds + token]. */
+ *               queries, keys, values; rf_st2_T undoes it. _part: only the first n, a multiple of
+ * 8, are touched in memory; the others are zero. rf_reduce   sums the lanes of acc[row][token] into
+ * s[row * lds + token]. */
 #ifndef RF_SIMD_H
 #define RF_SIMD_H
 
@@ -33,12 +33,22 @@ static inline void vf_store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 static inline float vf_first(vf v) { return v[0]; }
 static inline vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 static inline vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+static inline vf vf_add(vf a, vf b) { return a + b; }
+static inline vf vf_sub(vf a, vf b) { return a - b; }
+static inline vf vf_mul(vf a, vf b) { return a * b; }
+/* a, but 0 where it equals b. */
+static inline vf vf_zero_if_equal(vf a, vf b) { return vf_select(a == b, vf_zero(), a); }
 /* NaN in either operand gives b, as maxps does. */
 static inline vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
-static inline float vf_hsum(vf v) { return (v[0] + v[2]) + (v[1] + v[3]); }
-static inline float vf_hmax(vf v) {
-    float a = v[0] > v[1] ? v[0] : v[1], b = v[2] > v[3] ? v[2] : v[3];
-    return a > b ? a : b;
+/* The sum or maximum of the lanes of each of four vectors. */
+static inline void vf_hsum4(const vf v[4], float out[4]) {
+    for (int i = 0; i < 4; i++) out[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
+}
+static inline void vf_hmax4(const vf v[4], float out[4]) {
+    for (int i = 0; i < 4; i++) {
+        float a = v[i][0] > v[i][1] ? v[i][0] : v[i][1], b = v[i][2] > v[i][3] ? v[i][2] : v[i][3];
+        out[i] = a > b ? a : b;
+    }
 }
 
 /* 2^x within 2e-7 relative for x <= 127; 0 below -126. 2^f by a polynomial that is exact at 0,
@@ -138,7 +148,8 @@ static inline void rf_st2_f16(uint16_t *p, vf a, vf b) {
 
 static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds) {
     for (int r = 0; r < rb; r++)
-        for (int t = 0; t < RF_TB; t++) s[r * lds + t] = vf_hsum(acc[r][t]);
+        for (int t = 0; t < RF_TB; t++)
+            s[r * lds + t] = (acc[r][t][0] + acc[r][t][2]) + (acc[r][t][1] + acc[r][t][3]);
 }
 
 #endif

@@ -11,8 +11,6 @@
 /* Scores of a row: a tile, and the lanes that a block of tokens or a vector writes past its end. */
 #define RF_SCORES (RF_TILE + 16)
 
-RF_INLINE float rf_exp2_of(float x) { return vf_first(vf_exp2(vf_set1(x))); }
-
 /* Up to RF_TILE tokens of a context that have a block. */
 typedef struct rf_tile {
     int32_t n;
@@ -45,11 +43,6 @@ static void make_tile(const rf_attention_params *p, const rf_seq *s, int64_t sta
         }
     }
     t->n = n;
-    /* prefetches may look past the end: at what is there already */
-    for (int32_t i = n; i < RF_TILE; i++) {
-        t->k[i] = n ? t->k[n - 1] : 0;
-        t->v[i] = n ? t->v[n - 1] : 0;
-    }
 }
 
 /* Tokens of the tile that a query sees which sees the first `limit` of the context. */
@@ -59,47 +52,98 @@ RF_INLINE int32_t tile_visible(const rf_tile *t, int64_t limit) {
     return n;
 }
 
-/* Turns n scores into probabilities relative to the new maximum, zeros up to the next vector, and
- * returns the factor for everything that was summed before. */
-RF_INLINE float softmax_row(float *s, int32_t n, float *row_max, float *row_sum) {
-    int32_t full = (n + RF_W - 1) / RF_W * RF_W;
-    for (int32_t i = n; i < full; i++) s[i] = -INFINITY;
-    vf top = vf_set1(*row_max);
-    for (int32_t i = 0; i < full; i += RF_W) top = vf_max(vf_load(s + i), top);
-    float new_max = vf_hmax(top);
-    if (new_max == -INFINITY) { /* nothing seen so far: every difference would be NaN */
-        for (int32_t i = 0; i < full; i++) s[i] = 0.0f;
-        return 1.0f;
-    }
-    vf shift = vf_set1(-new_max), sum = vf_zero();
-    const vf one = vf_set1(1.0f);
-    for (int32_t i = 0; i < full; i += RF_W) {
-        vf e = vf_exp2(vf_fma(vf_load(s + i), one, shift));
-        vf_store(s + i, e);
-        sum = vf_fma(e, one, sum);
-    }
-    float alpha = rf_exp2_of(*row_max - new_max);
-    *row_sum = *row_sum * alpha + vf_hsum(sum);
-    *row_max = new_max;
-    return alpha;
+/* Prefetches the lines that begin in `bytes` bytes from base + offset on, at most 128, into the
+ * second level: a phase may be more than the first one holds. */
+RF_INLINE void prefetch(const char *base, int offset, int bytes) {
+    if (bytes >= 64 || offset % 64 == 0) __builtin_prefetch(base + offset, 0, 2);
+    if (bytes > 64) __builtin_prefetch(base + offset + 64, 0, 2);
 }
 
+/* Addresses to prefetch while a phase reads its own rows: as many rows as it reads, in the order in
+ * which they lie in memory. */
+typedef struct rf_ahead {
+    int32_t n;
+    const char *row[RF_TILE * RF_MAX_HEADS];
+} rf_ahead;
+
+static void make_ahead(const rf_paged *x, const char *base, int64_t size, const int64_t *off, int n,
+                       int heads, rf_ahead *a) {
+    int32_t m = 0;
+    if (x->head_stride < x->token_stride) { /* the heads of a token are neighbours */
+        for (int t = 0; t < n; t++)
+            for (int h = 0; h < heads; h++)
+                a->row[m++] = base + (off[t] + h * x->head_stride) * size;
+    } else {
+        for (int t = 0; t < n;) {
+            int end = t + 1;
+            while (end < n && off[end] - off[end - 1] == x->token_stride) end++;
+            for (int h = 0; h < heads; h++)
+                for (int i = t; i < end; i++)
+                    a->row[m++] = base + (off[i] + h * x->head_stride) * size;
+            t = end;
+        }
+    }
+    a->n = m;
+}
+
+/* The softmax of a tile for `rows` rows of scores with n tokens each, in base 2. Scores become
+ * probabilities relative to the new maximum of their row, and alpha the factor for everything that
+ * was summed before. All arrays have rf_pad_rows(rows) rows. */
+static void softmax_tile(float *scores, int32_t n, int64_t rows, float *max, float *sum,
+                         float *alpha, float *work) {
+    const int32_t full = (n + RF_W - 1) / RF_W * RF_W;
+    const vf none = vf_set1(-INFINITY);
+    /* Four rows at a time: their reductions share the shuffles. Rows past the last are scratch. */
+    for (int64_t r = 0; r < rows; r += 4) {
+        const float *s = scores + r * RF_SCORES;
+        vf top[4] = {none, none, none, none};
+        for (int32_t i = 0; i < full; i += RF_W)
+            for (int j = 0; j < 4; j++) top[j] = vf_max(vf_load(s + j * RF_SCORES + i), top[j]);
+        vf_hmax4(top, work + r);
+    }
+    for (int64_t r = 0; r < rows; r += RF_W) {
+        vf old = vf_load(max + r), new = vf_max(vf_load(work + r), old);
+        /* Nothing seen yet: any finite shift gives exp2(-inf) = 0, where -inf would give NaN. */
+        vf shift = vf_zero_if_equal(new, none);
+        vf_store(max + r, new);
+        vf_store(alpha + r, vf_exp2(vf_sub(old, shift)));
+        vf_store(work + r, shift);
+    }
+    for (int64_t r = 0; r < rows; r += 4) {
+        float *s = scores + r * RF_SCORES;
+        vf total[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
+        for (int32_t i = 0; i < full; i += RF_W)
+            for (int j = 0; j < 4; j++) {
+                vf e = vf_exp2(vf_sub(vf_load(s + j * RF_SCORES + i), vf_set1(work[r + j])));
+                vf_store(s + j * RF_SCORES + i, e);
+                total[j] = vf_add(total[j], e);
+            }
+        vf_hsum4(total, work + r);
+    }
+    for (int64_t r = 0; r < rows; r += RF_W)
+        vf_store(sum + r, vf_fma(vf_load(sum + r), vf_load(alpha + r), vf_load(work + r)));
+}
+
+/* See rf_state_floats. */
 typedef struct rf_state {
     float *acc, *max, *sum;
 } rf_state;
 
 RF_INLINE rf_state state_at(float *base, int64_t rows, int64_t v_dim) {
-    rf_state s = {base, base + rows * v_dim, base + rows * v_dim + rows};
+    float *max = base + rows * v_dim;
+    rf_state s = {base, max, max + rf_pad_rows(rows)};
     return s;
 }
 
 static void clear_state(rf_state s, int64_t rows, int64_t v_dim) {
     memset(s.acc, 0, (size_t)(rows * v_dim) * sizeof(float));
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t r = 0; r < rf_pad_rows(rows); r++) {
         s.max[r] = -INFINITY;
         s.sum[r] = 0.0f;
     }
 }
+
+RF_INLINE float rf_exp2_of(float x) { return vf_first(vf_exp2(vf_set1(x))); }
 
 /* a = fold(a, b), b being the later part. */
 static void fold_state(rf_state a, rf_state b, int64_t rows, int64_t v_dim) {
@@ -112,13 +156,13 @@ static void fold_state(rf_state a, rf_state b, int64_t rows, int64_t v_dim) {
         float *pa = a.acc + r * v_dim, *pb = b.acc + r * v_dim;
         vf va = vf_set1(fa), vb = vf_set1(fb);
         for (int64_t i = 0; i < v_dim; i += RF_W)
-            vf_store(pa + i, vf_fma(vf_load(pb + i), vb, vf_fma(vf_load(pa + i), va, vf_zero())));
+            vf_store(pa + i, vf_fma(vf_load(pb + i), vb, vf_mul(vf_load(pa + i), va)));
     }
 }
 
-static int64_t scratch_floats(const rf_attention_params *p, int64_t rows, int64_t heads) {
-    return heads * rows * rf_pad_dim(p->head_dim) +
-           2 * heads * rf_state_floats(rows, p->v_head_dim) + rows * (RF_SCORES + 1) + 16;
+static int64_t scratch_floats(const rf_attention_params *p, int64_t rows) {
+    return rows * rf_pad_dim(p->head_dim) + 2 * rf_state_floats(rows, p->v_head_dim) +
+           rf_pad_rows(rows) * (RF_SCORES + 2);
 }
 
 #endif

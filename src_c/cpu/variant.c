@@ -1,5 +1,5 @@
-/* The kernels of one instruction set: this file is compiled once for each, with RF_VARIANT naming the
- * table and the compiler's flags choosing the vectors. */
+/* The kernels of one instruction set: this file is compiled once for each, with RF_VARIANT naming
+ * the table and the compiler's flags choosing the vectors. */
 #include "kernels.h"
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
@@ -12,27 +12,27 @@
 
 #include "tile.h"
 
-#define T          float
-#define NAME(x)    x##_f32
-#define rf_ld2     rf_ld2_f32
+#define T           float
+#define NAME(x)     x##_f32
+#define rf_ld2      rf_ld2_f32
 #define rf_ld2_part rf_ld2_part_f32
-#define rf_st2     rf_st2_f32
+#define rf_st2      rf_st2_f32
 #define rf_st2_part rf_st2_part_f32
 #include "attend.inc.h"
 
-#define T          uint16_t
-#define NAME(x)    x##_f16
-#define rf_ld2     rf_ld2_f16
+#define T           uint16_t
+#define NAME(x)     x##_f16
+#define rf_ld2      rf_ld2_f16
 #define rf_ld2_part rf_ld2_part_f16
-#define rf_st2     rf_st2_f16
+#define rf_st2      rf_st2_f16
 #define rf_st2_part rf_st2_part_f16
 #include "attend.inc.h"
 
-#define T          uint16_t
-#define NAME(x)    x##_bf16
-#define rf_ld2     rf_ld2_bf16
+#define T           uint16_t
+#define NAME(x)     x##_bf16
+#define rf_ld2      rf_ld2_bf16
 #define rf_ld2_part rf_ld2_part_bf16
-#define rf_st2     rf_st2_bf16
+#define rf_st2      rf_st2_bf16
 #define rf_st2_part rf_st2_part_bf16
 #include "attend.inc.h"
 

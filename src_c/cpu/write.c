@@ -46,8 +46,8 @@ static void write_task(void *arg, int64_t i, int worker) {
 }
 
 int rf_cpu_write_kv(rf_cpu *cpu, const rf_write_params *p) {
-    int64_t bytes = p->num_tokens * p->num_kv_heads * (p->head_dim + p->v_head_dim) *
-                    type_size[p->dtype];
+    int64_t bytes =
+        p->num_tokens * p->num_kv_heads * (p->head_dim + p->v_head_dim) * type_size[p->dtype];
     if (bytes > SERIAL_BYTES && rf_pool_threads(&cpu->pool) > 1 && rf_pool_enter(&cpu->pool)) {
         int64_t tasks = (p->num_tokens + CHUNK - 1) / CHUNK;
         rf_pool_ready(&cpu->pool, tasks);

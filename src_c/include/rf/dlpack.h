@@ -1,5 +1,5 @@
-/* The in-memory structures of DLPack, by its specification (versions 0.x and 1.x): how arrays of other
- * libraries arrive. https://dmlc.github.io/dlpack/latest/c_api.html */
+/* The in-memory structures of DLPack, by its specification (versions 0.x and 1.x): how arrays of
+ * other libraries arrive. https://dmlc.github.io/dlpack/latest/c_api.html */
 #ifndef RF_DLPACK_H
 #define RF_DLPACK_H
 

@@ -14,7 +14,8 @@ enum rf_dtype {
 
 /* Keys or values of one layer in the block pool. The vector of token offset t, head h in block b
  * starts at data + b * block_stride + h * head_stride + t * token_stride and is contiguous. Strides
- * count elements, not bytes. HND and NHD, and views into other engines' caches, differ only in them. */
+ * count elements, not bytes. HND and NHD, and views into other engines' caches, differ only in
+ * them. */
 typedef struct rf_paged {
     void *data;
     int64_t block_stride;

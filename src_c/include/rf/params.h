@@ -7,13 +7,13 @@
 #include "rf/layout.h"
 
 typedef struct rf_attention_params {
-    rf_rows query;               /* [num_tokens, num_heads, head_dim] */
-    rf_rows out;                 /* [num_tokens, num_heads, v_head_dim], same type as the query */
-    rf_paged k;                  /* head_dim elements a vector */
-    rf_paged v;                  /* v_head_dim elements a vector */
-    const int32_t *block_table;  /* [num_rows, table_width] */
-    const int32_t *rows;         /* [num_seqs] row of the table, or NULL: the sequence's own index */
-    const int32_t *seq_lens;     /* [num_seqs] tokens in the cache, the new ones included */
+    rf_rows query;              /* [num_tokens, num_heads, head_dim] */
+    rf_rows out;                /* [num_tokens, num_heads, v_head_dim], same type as the query */
+    rf_paged k;                 /* head_dim elements a vector */
+    rf_paged v;                 /* v_head_dim elements a vector */
+    const int32_t *block_table; /* [num_rows, table_width] */
+    const int32_t *rows;        /* [num_seqs] row of the table, or NULL: the sequence's own index */
+    const int32_t *seq_lens;    /* [num_seqs] tokens in the cache, the new ones included */
     const int32_t *cu_seqlens_q; /* [num_seqs + 1], or NULL: one query token a sequence */
     int64_t table_stride;        /* elements from one row of the table to the next */
     int64_t num_tokens;
