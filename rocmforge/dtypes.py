@@ -60,4 +60,5 @@ def resolve(dtype: object) -> np.dtype[Any]:
     for known in _TYPES.values():
         if found == known:
             return known
-    raise ValueError(f"dtype must be one of {', '.join(NAMES)}, got {found.name}")
+    shown = found.name if found.isnative else found.str
+    raise ValueError(f"dtype must be one of {', '.join(NAMES)}, got {shown}")

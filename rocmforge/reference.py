@@ -27,7 +27,7 @@ def softmax(logits: Array) -> Array:
     top = logits.max(axis=-1, keepdims=True, initial=-np.inf)
     weights = np.exp(logits - np.where(np.isneginf(top), 0.0, top))
     total = weights.sum(axis=-1, keepdims=True)
-    result: Array = np.divide(weights, total, out=np.zeros_like(weights), where=total > 0)
+    result: Array = np.divide(weights, total, out=np.zeros_like(weights), where=total != 0)
     return result
 
 

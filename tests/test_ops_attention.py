@@ -1,22 +1,25 @@
 """paged_attention against the float64 oracle, for every instruction set this machine runs."""
 
+import itertools
+import os
+import signal
+import sys
+import threading
+import time
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from ops_cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, make
+from ops_cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, assert_close, bits, guarded, make
 from rocmforge import reference
-from rocmforge.ops import _cpu, paged_attention
+from rocmforge.ops import _cpu, get_num_threads, paged_attention, set_num_threads
 
-# Largest error allowed: absolute, and relative to the result. Sums and softmax are float32, so the
-# 16-bit types are off by their final rounding (half a unit in the last place: 2^-11, 2^-8 + slack).
-TOLERANCE = {
-    FLOAT32: (2e-6, 2e-6),
-    FLOAT16: (2e-6, 2.0**-11 * 1.01),
-    BFLOAT16: (2e-6, 2.0**-8 * 1.01),
-}
+ISAS = _cpu.available_isas()
 
 
-@pytest.fixture(params=_cpu.available_isas(), autouse=True)
+@pytest.fixture(params=ISAS)
 def isa(request):
     before = _cpu.isa()
     _cpu._set_isa(request.param)
@@ -24,23 +27,384 @@ def isa(request):
     _cpu._set_isa(before)
 
 
+@pytest.fixture
+def threads():
+    """Set the number of threads for one test."""
+    before = get_num_threads()
+    yield set_num_threads
+    set_num_threads(before)
+
+
 def check(problem, **kwargs):
-    got = paged_attention(*problem.arguments(), layout=problem.layout, **kwargs)
-    want = reference.paged_attention(*problem.arguments(), layout=problem.layout, **kwargs)
+    got = problem.call(paged_attention, **kwargs)
     assert got.dtype == problem.query.dtype
-    atol, rtol = TOLERANCE[got.dtype]
-    np.testing.assert_allclose(got.astype(np.float64), want, atol=atol, rtol=rtol)
+    assert_close(got, problem.call(reference.paged_attention, **kwargs))
 
 
+# Every head_dim with every block size, and heads and layouts in turn.
+HEADS = itertools.cycle([(1, 1), (4, 1), (6, 3), (32, 8), (7, 7), (32, 1), (10, 2)])
+GRID = [
+    (head_dim, block_size, next(HEADS), ("HND", "NHD")[i % 2])
+    for i, (head_dim, block_size) in enumerate(
+        itertools.product([8, 24, 64, 80, 128, 256, 512], [1, 7, 16, 256])
+    )
+]
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [8, 24, 64, 80, 128, 256])
-@pytest.mark.parametrize("block_size", [1, 7, 16])
-def test_decode(dtype, head_dim, block_size):
-    check(make(dtype, contexts=[0, 1, 15, 16, 17, 300], head_dim=head_dim, block_size=block_size))
+@pytest.mark.parametrize(("head_dim", "block_size", "heads", "layout"), GRID)
+def test_decode(dtype, head_dim, block_size, heads, layout):
+    check(
+        make(
+            dtype,
+            [0, 1, 15, 16, 17, 1000],
+            heads=heads,
+            head_dim=head_dim,
+            block_size=block_size,
+            layout=layout,
+        )
+    )
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-def test_ragged(dtype, causal):
-    problem = make(dtype, contexts=[40, 1, 0, 17, 600], queries=[40, 1, 0, 3, 100], layout="NHD")
+@pytest.mark.parametrize(
+    ("head_dim", "block_size", "heads", "layout"),
+    [
+        (8, 16, (4, 4), "NHD"),
+        (64, 7, (6, 2), "HND"),
+        (80, 1, (8, 1), "HND"),
+        (128, 16, (4, 1), "NHD"),
+    ],
+)
+def test_ragged_batch(dtype, causal, head_dim, block_size, heads, layout):
+    """Prefill, chunked prefill, decode, verification and an empty sequence at once."""
+    problem = make(
+        dtype,
+        [70, 1, 0, 40, 300, 300, 5, 0],
+        [70, 1, 0, 1, 4, 33, 5, 2],
+        head_dim=head_dim,
+        block_size=block_size,
+        heads=heads,
+        layout=layout,
+    )
     check(problem, causal=causal)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 8, 9, 16, 31, 32, 128])
+def test_group_ratios(group):
+    check(make(BFLOAT16, [40, 3], heads=(2 * group, 2), head_dim=64))
+    check(make(FLOAT32, [40, 3], [7, 2], heads=(group, 1), head_dim=40))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("around", [32, 64, 256, 512, 1024])
+def test_lengths_around_tiles_and_parts(around):
+    contexts = [around + i for i in (-1, 0, 1, 15, 16, 17)]
+    check(make(FLOAT32, contexts, head_dim=16, block_size=16))
+    check(make(FLOAT16, contexts, [1, 2, 3, 17, 1, 1], head_dim=16, block_size=5))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("head_dim", range(8, 513, 8))
+def test_every_head_dim(head_dim):
+    for dtype in DTYPES:
+        check(make(dtype, [3, 18], heads=(5, 1), head_dim=head_dim, v_head_dim=520 - head_dim))
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_table_entries(dtype):
+    problem = make(dtype, [0, 1, 100, 700, 64], [0, 1, 20, 1, 64], block_size=7, holes=0.4)
+    check(problem)
+    check(problem, causal=False)
+    table = np.full_like(problem.block_table, -1)  # nothing at all is left
+    got = problem.but(block_table=table).call(paged_attention)
+    assert not bits(got).any()
+
+
+def test_sequences_choose_and_share_rows():
+    problem = make(FLOAT32, [40, 17, 60, 3])
+    rows = np.array([2, 0, 2, 1, 3, 0], np.int32)
+    lens = np.array([60, 40, 35, 17, 0, 1], np.int32)
+    query = np.random.default_rng(1).standard_normal((6, 4, 64), np.float32)
+    check(problem.but(query=query, rows=rows, seq_lens=lens))
+    check(problem.but(query=query, rows=rows, seq_lens=lens, cu_seqlens_q=np.arange(7, dtype="i4")))
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.03, 1, -0.5, np.float32(2.0)])
+def test_scale(scale):
+    check(make(FLOAT32, [40, 3]), scale=scale)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+def test_strided_views(layout):
+    """Caches, queries and outputs that are parts of larger arrays."""
+    problem = make(FLOAT16, [40, 300, 1], [3, 1, 1], heads=(4, 2), head_dim=24, layout=layout)
+    want = problem.call(reference.paged_attention)
+    k, v = problem.k_cache, problem.v_cache
+
+    fused = np.stack([k, v], axis=1)  # [num_blocks, 2, ...]: one block's keys beside its values
+    assert_close(problem.but(k_cache=fused[:, 0], v_cache=fused[:, 1]).call(paged_attention), want)
+    wide = np.full((2, *k.shape[:3], 40), np.nan, np.float16)  # padding after each vector
+    wide[0, ..., :24], wide[1, ..., 8:32] = k, v
+    padded = problem.but(k_cache=wide[0, ..., :24], v_cache=wide[1, ..., 8:32])
+    assert_close(padded.call(paged_attention), want)
+    swapped = problem.but(  # the other layout as a view of the same memory
+        k_cache=k.swapaxes(1, 2),
+        v_cache=v.swapaxes(1, 2),
+        layout="NHD" if layout == "HND" else "HND",
+    )
+    np.testing.assert_array_equal(
+        bits(swapped.call(paged_attention)), bits(problem.call(paged_attention))
+    )
+    backwards = problem.but(
+        k_cache=k[::-1], v_cache=v[::-1], block_table=len(k) - 1 - problem.block_table
+    )
+    assert_close(backwards.call(paged_attention), want)
+
+    qkv = np.full((5, 9, 32), np.nan, np.float16)
+    qkv[:, :4, :24] = problem.query
+    buffer = np.zeros((5, 9, 32), np.float16)
+    out = buffer[:, 5:, 8:]
+    result = problem.but(query=qkv[:, :4, :24]).call(paged_attention, out=out)
+    assert result is out
+    assert_close(out, want)
+    assert not buffer[:, :5].any()
+    assert not buffer[..., :8].any()
+    # query and output interleaved in one buffer: their extents overlap, their elements do not
+    problem.but(query=qkv[:, :4, :24]).call(paged_attention, out=qkv[:, 5:, :24])
+    assert_close(qkv[:, 5:, :24], want)
+
+
+def test_rows_of_nobody_keep_their_contents():
+    problem = make(FLOAT32, [40, 3], [2, 1])
+    query = np.concatenate([problem.query, problem.query[:2]])
+    padded = problem.but(query=query)
+    got = padded.call(paged_attention)
+    assert_close(got, padded.call(reference.paged_attention))
+    assert not got[3:].any()
+    out = np.full_like(query, 7)
+    padded.call(paged_attention, out=out)
+    np.testing.assert_array_equal(out[3:], 7)
+
+
+def test_empty_batch():
+    empty = np.zeros(0, np.int32)
+    cache = np.zeros((3, 2, 16, 64), np.float32)
+    query = np.zeros((0, 4, 64), np.float32)
+    for cu in (None, np.zeros(1, np.int32)):
+        got = paged_attention(query, cache, cache, np.zeros((0, 0), np.int32), empty, cu)
+        assert got.shape == query.shape
+
+
+def test_pool_without_blocks():
+    cache = np.zeros((0, 2, 16, 64), np.float32)
+    table, lens = np.zeros((2, 0), np.int32), np.zeros(2, np.int32)
+    got = paged_attention(np.ones((2, 4, 64), np.float32), cache, cache, table, lens)
+    assert not got.any()
+
+
+@pytest.mark.usefixtures("isa")
+def test_extreme_logits():
+    """No overflow where exp(logit) would; one key takes all the weight."""
+    problem = make(FLOAT32, [40, 300], [4, 1])
+    check(problem, scale=1e-30)
+    steep = problem.but(query=problem.query * 10)  # logits near 1,000: off by 6e-5 in float32
+    want = steep.call(reference.paged_attention, scale=10.0)
+    np.testing.assert_allclose(steep.call(paged_attention, scale=10.0), want, atol=2e-4)
+    assert np.isfinite(problem.call(paged_attention, scale=1e30)).all()
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_in_a_used_slot_is_not_hidden(dtype, value):
+    problem = make(dtype, [300, 300])
+    for cache in (problem.k_cache, problem.v_cache):
+        block = problem.block_table[0, 5]
+        kept = cache[block, 0, 3].copy()
+        cache[block, 0, 3] = value
+        got = problem.call(paged_attention).astype(np.float32)
+        assert not np.isfinite(got[0, :2]).all()
+        assert np.isfinite(got[0, 2:]).all()
+        assert np.isfinite(got[1]).all()
+        cache[block, 0, 3] = kept
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [8, 24, 40, 64, 80, 128])
+def test_reads_nothing_past_the_end(dtype, head_dim):
+    """Every array ends where a page ends that must not be touched."""
+    problem = make(dtype, [16, 31, 32, 80], [1, 3, 1, 40], heads=(3, 1), head_dim=head_dim)
+    last = len(problem.k_cache) - 1  # the last slot of the last block is in use
+    table = problem.block_table.copy()
+    table[2, 1] = last
+    problem.k_cache[last] = problem.v_cache[last] = np.ones((), dtype)
+    problem = problem.but(block_table=table)
+    want = problem.call(reference.paged_attention)
+    safe = problem.but(
+        **{
+            name: guarded(getattr(problem, name))
+            for name in ("query", "k_cache", "v_cache", "seq_lens", "cu_seqlens_q")
+        },
+        block_table=guarded(table[:, :5]),
+    )
+    out = guarded(np.zeros_like(problem.query))
+    safe.call(paged_attention, out=out)
+    assert_close(out, want)
+
+
+# ---------------------------------------------------------------- the same bits
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_the_batch_or_the_threads(dtype, threads):
+    """Lengths around every split boundary: alone, among 64, on 1 to 5 threads."""
+    rng = np.random.default_rng(3)
+    edges = [1, 16, 31, 32, 33, 255, 256, 257, 511, 512, 513, 1024, 1025, 2050]
+    contexts = edges + rng.integers(1, 600, 64 - len(edges)).tolist()
+    problem = make(dtype, contexts, heads=(8, 2), head_dim=32, block_size=16)
+    threads(1)
+    want = bits(problem.call(paged_attention))
+    for i in range(len(edges)):
+        np.testing.assert_array_equal(bits(problem.only(i).call(paged_attention))[0], want[i])
+    for n in (2, 3, 5):
+        threads(n)
+        np.testing.assert_array_equal(bits(problem.call(paged_attention)), want)
+    for i in range(len(edges)):  # one sequence on many threads: split
+        np.testing.assert_array_equal(bits(problem.only(i).call(paged_attention))[0], want[i])
+
+
+@pytest.mark.usefixtures("isa")
+def test_bits_of_prefill_do_not_depend_on_the_batch_or_the_threads(threads):
+    queries = [300, 1, 17, 1, 64, 2]
+    problem = make(BFLOAT16, [300, 900, 700, 2, 65, 1500], queries, heads=(6, 2), head_dim=64)
+    threads(1)
+    want = bits(problem.call(paged_attention))
+    threads(3)
+    np.testing.assert_array_equal(bits(problem.call(paged_attention)), want)
+    for i, start in enumerate(np.cumsum([0, *queries[:-1]])):
+        got = bits(problem.only(i).call(paged_attention))
+        np.testing.assert_array_equal(got, want[start : start + queries[i]])
+
+
+def test_bits_do_not_depend_on_where_blocks_are(threads):
+    problem = make(FLOAT32, [1000, 30, 257], heads=(8, 2))
+    order = np.random.default_rng(5).permutation(len(problem.k_cache))
+    table = problem.block_table.copy()
+    real = table < len(order)
+    table[real] = np.argsort(order)[table[real]]
+    moved = problem.but(
+        k_cache=problem.k_cache[order], v_cache=problem.v_cache[order], block_table=table
+    )
+    for n in (1, 2):
+        threads(n)
+        np.testing.assert_array_equal(
+            bits(moved.call(paged_attention)), bits(problem.call(paged_attention))
+        )
+
+
+def test_calls_from_several_threads_at_once(threads):
+    """Who finds the workers taken does the work alone, with the same bits."""
+    threads(2)
+    problems = [make(FLOAT32, [2000, 50 * i + 1], heads=(8, 8), seed=i) for i in range(4)]
+    want = [bits(p.call(paged_attention)) for p in problems]
+    wrong = []
+
+    def run(i):
+        for _ in range(20):
+            if not np.array_equal(bits(problems[i].call(paged_attention)), want[i]):
+                wrong.append(i)
+
+    workers = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_changing_the_number_of_threads(threads):
+    problem = make(FLOAT32, [3000, 100], heads=(8, 8))
+    want = bits(problem.call(paged_attention))
+    for n in (4, 1, 2, 6, 2, 3):
+        threads(n)
+        assert get_num_threads() == n
+        np.testing.assert_array_equal(bits(problem.call(paged_attention)), want)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+# Python 3.12 warns about what this test is about
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_fork(threads):
+    """The workers do not exist in a child: it starts its own, and its child again."""
+    threads(3)
+    problem = make(FLOAT32, [3000, 100], heads=(8, 8))
+    want = bits(problem.call(paged_attention))
+
+    def same():
+        return np.array_equal(bits(problem.call(paged_attention)), want)
+
+    def child(depth):
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(60)
+            ok = same() and (depth == 0 or child(depth - 1)) and same()
+            os._exit(0 if ok else 1)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return status == 0
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        return False
+
+    sys.stdout.flush()
+    assert child(1)
+    assert same()
+
+
+# ---------------------------------------------------------------- hypothesis
+
+
+@st.composite
+def problems(draw):
+    """Any shapes; the numbers come from a seed."""
+    kv_heads = draw(st.integers(1, 9))
+    contexts = draw(st.lists(st.integers(0, 90) | st.integers(0, 600), max_size=5))
+    queries = None
+    if draw(st.booleans()):
+        queries = [draw(st.integers(0, min(c, 40) if c else 3)) for c in contexts]
+    return make(
+        draw(st.sampled_from(DTYPES)),
+        contexts,
+        queries,
+        heads=(kv_heads * draw(st.integers(1, 9)), kv_heads),
+        head_dim=8 * draw(st.integers(1, 20)),
+        v_head_dim=8 * draw(st.integers(1, 20)),
+        block_size=draw(st.integers(1, 40)),
+        layout=draw(st.sampled_from(["HND", "NHD"])),
+        holes=draw(st.sampled_from([0.0, 0.3])),
+        seed=draw(st.integers(0, 2**16)),
+    )
+
+
+@given(problem=problems(), causal=st.booleans(), isa=st.sampled_from(ISAS), n=st.integers(1, 3))
+def test_any_shape(problem, causal, isa, n):
+    before = _cpu.isa(), get_num_threads()
+    _cpu._set_isa(isa)
+    set_num_threads(n)
+    try:
+        check(problem, causal=causal)
+    finally:
+        _cpu._set_isa(before[0])
+        set_num_threads(before[1])

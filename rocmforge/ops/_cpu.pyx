@@ -203,7 +203,7 @@ cdef object _import_dlpack(object x, str name):
         raise ValueError(f"{name} must be float32, float16, bfloat16, int32 or int64, got DLPack "
                          f"type code {t.code} with {t.bits} bits and {t.lanes} lanes")
     if t.ndim > 8:
-        raise ValueError(f"{name} must have at most 4 dimensions, got {t.ndim}")
+        raise ValueError(f"{name} must have at most 8 dimensions, got {t.ndim}")
     cdef cnp.npy_intp dims[8]
     cdef cnp.npy_intp strides[8]
     cdef int i
@@ -270,21 +270,21 @@ cdef int _writable(cnp.ndarray a, str name) except -1:
     return 0
 
 
-cdef int64_t _stride(cnp.ndarray a, str name, int axis, Py_ssize_t item) except? -1:
-    """Elements from one index of an axis to the next; whatever where there is only one index."""
-    cdef cnp.npy_intp s = cnp.PyArray_STRIDE(a, axis)
+cdef int64_t _stride(cnp.ndarray a, int axis, Py_ssize_t item) noexcept:
+    """Elements from one index of an axis to the next; 0 where there is only one index.
+
+    An aligned array's strides are whole elements: no type here is larger than its alignment.
+    """
     if cnp.PyArray_DIM(a, axis) <= 1:
         return 0
-    if s % item:
-        raise ValueError(f"{name} must have strides that are whole elements, got {s} bytes in "
-                         f"dimension {axis}")
-    return s // item
+    return cnp.PyArray_STRIDE(a, axis) // item
 
 
 cdef int _contiguous(cnp.ndarray a, str name, Py_ssize_t item) except -1:
     """The last dimension must be contiguous."""
     cdef int last = cnp.PyArray_NDIM(a) - 1
-    if cnp.PyArray_DIM(a, last) > 1 and cnp.PyArray_STRIDE(a, last) != item:
+    if (cnp.PyArray_DIM(a, last) > 1 and cnp.PyArray_STRIDE(a, last) != item
+            and cnp.PyArray_SIZE(a)):
         raise ValueError(f"{name} must be contiguous in its last dimension, got a stride of "
                          f"{cnp.PyArray_STRIDE(a, last)} bytes for elements of {item}")
     return 0
@@ -302,8 +302,8 @@ cdef int _vectors(cnp.ndarray a, str name, rf_rows *out) except -1:
     cdef Py_ssize_t item = cnp.PyArray_ITEMSIZE(a)
     _contiguous(a, name, item)
     out.data = cnp.PyArray_DATA(a)
-    out.token_stride = _stride(a, name, 0, item)
-    out.head_stride = _stride(a, name, 1, item)
+    out.token_stride = _stride(a, 0, item)
+    out.head_stride = _stride(a, 1, item)
     return 0
 
 
@@ -311,9 +311,9 @@ cdef int _pool(cnp.ndarray a, str name, bint nhd, rf_paged *out) except -1:
     cdef Py_ssize_t item = cnp.PyArray_ITEMSIZE(a)
     _contiguous(a, name, item)
     out.data = cnp.PyArray_DATA(a)
-    out.block_stride = _stride(a, name, 0, item)
-    out.head_stride = _stride(a, name, 2 if nhd else 1, item)
-    out.token_stride = _stride(a, name, 1 if nhd else 2, item)
+    out.block_stride = _stride(a, 0, item)
+    out.head_stride = _stride(a, 2 if nhd else 1, item)
+    out.token_stride = _stride(a, 1 if nhd else 2, item)
     return 0
 
 
@@ -562,7 +562,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     _behaved(table, "block_table")
     _contiguous(table, "block_table", sizeof(int32_t))
     p.block_table = <const int32_t *>cnp.PyArray_DATA(table)
-    p.table_stride = _stride(table, "block_table", 0, sizeof(int32_t))
+    p.table_stride = _stride(table, 0, sizeof(int32_t))
     p.num_rows = cnp.PyArray_DIM(table, 0)
     p.table_width = cnp.PyArray_DIM(table, 1)
     p.seq_lens = _int32s(lens, "seq_lens", "[num_seqs]", -1)
