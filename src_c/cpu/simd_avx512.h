@@ -6,6 +6,10 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+/* Without optimisation gcc's intrinsics are macros, and their own mask constants warn here. */
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wsign-conversion"
+
 #define RF_W  16
 #define RF_RB 4 /* 16 accumulators, 8 keys, 2 queries of the 32 registers */
 #define RF_TB 4
@@ -158,5 +162,7 @@ static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds
                       _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
     }
 }
+
+#pragma GCC diagnostic pop
 
 #endif

@@ -1,0 +1,104 @@
+/* pool.c: every task runs once, whatever threads there are, in children of the process too. */
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "check.h"
+#include "pool.h"
+#include "rf/status.h"
+
+#define MOST 5000
+typedef struct counts {
+    _Atomic int runs[MOST];
+    _Atomic int workers[16];
+} counts;
+
+static void count(void *arg, int64_t task, int worker) {
+    counts *c = arg;
+    atomic_fetch_add(&c->runs[task], 1);
+    CHECK(worker >= 0 && worker < 16);
+    CHECK(atomic_fetch_add(&c->workers[worker], 1) == 0); /* no worker is in two tasks */
+    for (volatile int i = 0; i < (int)(task % 7) * 50; i++) {
+    }
+    atomic_fetch_sub(&c->workers[worker], 1);
+}
+
+static void region(rf_pool *p, int64_t tasks) {
+    static counts c; /* regions of a pool never overlap */
+    memset(&c, 0, sizeof c);
+    CHECK(rf_pool_ready(p, tasks) >= 1);
+    rf_pool_run(p, count, &c, tasks);
+    for (int64_t i = 0; i < MOST; i++) CHECK(c.runs[i] == (i < tasks));
+}
+
+static void regions(rf_pool *p) {
+    CHECK(rf_pool_enter(p));
+    CHECK(!rf_pool_enter(p)); /* taken */
+    for (int64_t tasks = 0; tasks < 20; tasks++) region(p, tasks);
+    for (int i = 0; i < 300; i++) region(p, 1 + i % 9);
+    region(p, MOST);
+    rf_pool_leave(p);
+}
+
+static void sleep_between(rf_pool *p) { /* long enough for the workers to stop polling */
+    for (int i = 0; i < 20; i++) {
+        usleep(1000);
+        CHECK(rf_pool_enter(p));
+        region(p, 50);
+        rf_pool_leave(p);
+    }
+}
+
+static void change_threads(rf_pool *p) {
+    static const int threads[] = {1, 4, 2, 8, 3, 1, 5};
+    for (unsigned i = 0; i < sizeof threads / sizeof *threads; i++) {
+        rf_pool_set_threads(p, threads[i]);
+        CHECK(rf_pool_threads(p) == threads[i]);
+        regions(p);
+    }
+}
+
+static void fork_once(rf_pool *p, int depth) {
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        alarm(60);
+        regions(p);
+        if (depth > 0) fork_once(p, depth - 1);
+        regions(p);
+        _exit(0);
+    }
+    int status = 1;
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(status == 0);
+}
+
+static void fork_while_taken(rf_pool *p) { /* as if another thread had been inside */
+    CHECK(rf_pool_enter(p));
+    pid_t child = fork();
+    CHECK(child >= 0);
+    if (child == 0) {
+        alarm(60);
+        regions(p);
+        _exit(0);
+    }
+    int status = 1;
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(status == 0);
+    rf_pool_leave(p);
+}
+
+int main(void) {
+    rf_pool p;
+    CHECK(rf_pool_init(&p, 0) == RF_ERR_BAD_ARGUMENT);
+    CHECK(rf_pool_init(&p, 3) == RF_OK);
+    regions(&p);
+    sleep_between(&p);
+    fork_once(&p, 2);
+    fork_while_taken(&p);
+    change_threads(&p);
+    rf_pool_destroy(&p);
+    CHECK(rf_pool_init(&p, 2) == RF_OK); /* never used */
+    rf_pool_destroy(&p);
+    return 0;
+}
