@@ -9,7 +9,7 @@ const char *rf_strerror(int status) {
     case RF_ERR_BLOCK_RANGE: return "block id out of range";
     case RF_ERR_BLOCK_NOT_IN_USE: return "block is not in use (double free, or never allocated)";
     case RF_ERR_BLOCK_FREE: return "block is free";
-    case RF_ERR_BLOCK_REPEATED: return "block released more often than it is held";
+    case RF_ERR_BLOCK_REPEATED: return "block released twice in one call";
     default: return "unknown status";
     }
 }

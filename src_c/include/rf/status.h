@@ -20,7 +20,7 @@ enum rf_status {
     RF_ERR_BLOCK_RANGE = -21,      /* a block id outside 0 .. num_blocks - 1 */
     RF_ERR_BLOCK_NOT_IN_USE = -22, /* a block nobody holds: a double free, or never allocated */
     RF_ERR_BLOCK_FREE = -23,       /* a block without contents to share */
-    RF_ERR_BLOCK_REPEATED = -24,   /* one call releases a block more often than it is held */
+    RF_ERR_BLOCK_REPEATED = -24,   /* one call releases a block twice, held twice or not */
 };
 
 /* A sentence for a status; never NULL. */
