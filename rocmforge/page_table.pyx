@@ -359,13 +359,17 @@ cdef class PageTable:
         cdef cnp.npy_intp n = cnp.PyArray_SIZE(ids), i
         if cnp.PyArray_SIZE(where) != n:
             raise ValueError(f"positions: expected {n} as in sequence_ids, got {where.size}")
-        cdef const uint64_t *id = <const uint64_t *> cnp.PyArray_DATA(ids)
-        cdef const int64_t *position = <const int64_t *> cnp.PyArray_DATA(where)
         cdef cnp.ndarray result
         if out is None:
             result = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT64)
         else:
             result = as_out(out, "out", cnp.NPY_INT64, (n,))
+            if overlap(result, ids):  # else a slot written would be read as an id
+                ids = ids.copy()
+            if overlap(result, where):
+                where = where.copy()
+        cdef const uint64_t *id = <const uint64_t *> cnp.PyArray_DATA(ids)
+        cdef const int64_t *position = <const int64_t *> cnp.PyArray_DATA(where)
         cdef int64_t *slot = <int64_t *> cnp.PyArray_DATA(result)
         cdef bint is_signed = cnp.PyArray_TYPE(ids) == cnp.NPY_INT64
         cdef int64_t begin, end, base, index
@@ -547,6 +551,13 @@ cdef class PageTable:
                 raise AssertionError(f"row {row} has blocks and no sequence")
             if self.lists[row].num > self.lists[row].capacity or self.lists[row].num < 0:
                 raise AssertionError(f"row {row} holds more blocks than it has room for")
+
+
+cdef bint overlap(cnp.ndarray a, cnp.ndarray b):
+    """Whether two contiguous arrays share memory."""
+    cdef const char *a_data = <const char *> cnp.PyArray_DATA(a)
+    cdef const char *b_data = <const char *> cnp.PyArray_DATA(b)
+    return a_data < b_data + cnp.PyArray_NBYTES(b) and b_data < a_data + cnp.PyArray_NBYTES(a)
 
 
 cdef bint _is_int64(object values):

@@ -361,6 +361,19 @@ def test_out_may_be_an_input():
     assert table.slot_mapping(ids, [1, 2], out=ids).tolist() == [41, 42]
 
 
+@pytest.mark.parametrize("shift", [1, 2, -1])
+def test_out_may_overlap_an_input(shift):
+    table = table_of({1: [LARGEST_BLOCK, 0, 11], 2: [3]}, block_size=4)
+    ids, positions = [1, 1, 2, 1, 2], [5, 0, 1, 11, -1]
+    expected = table.slot_mapping(ids, positions).tolist()
+    for name in ("ids", "positions"):
+        buffer = np.zeros(9, np.int64)
+        source, out = buffer[2:7], buffer[2 + shift : 7 + shift]
+        source[:] = ids if name == "ids" else positions
+        arguments = (source, positions) if name == "ids" else (ids, source)
+        assert table.slot_mapping(*arguments, out=out).tolist() == expected
+
+
 # ---- the whole table ----
 
 
