@@ -84,8 +84,9 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 def hip_devices() -> tuple[list[dict[str, Any]], str | None]:
     """Give the HIP devices, and if there are none, why."""
     try:
-        hip = import_module("hip.hip")
-    except ImportError:
+        # `from hip import hip` of hip-python 7 and 10: in 10 there is no module hip.hip
+        hip = import_module("hip").hip
+    except (ImportError, AttributeError):
         return [], "hip-python is not installed"
     try:
         status, count = hip.hipGetDeviceCount()
