@@ -744,6 +744,7 @@ collects_in_c = pytest.mark.skipif(
 )
 
 
+@pytest.mark.untraced
 @collects_in_c
 @pytest.mark.parametrize("num_requests", [1, 14])  # with 14 the table is full
 @pytest.mark.parametrize(
