@@ -17,6 +17,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 normal = settings.get_profile("normal")
-settings.register_profile("short", normal, max_examples=15, stateful_step_count=30)
-settings.register_profile("long", normal, max_examples=3000, stateful_step_count=120)
+settings.register_profile("short", normal, max_examples=10, stateful_step_count=30)
+settings.register_profile("long", normal, max_examples=2000, stateful_step_count=120)
 settings.load_profile("normal")

@@ -781,6 +781,7 @@ def test_a_finalizer_may_free_its_sequence_during_any_call(call, num_requests):
         assert 10 not in manager
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("num_added", [1, 19, 20, 21])  # 20 fill the room for ids exactly
 @pytest.mark.parametrize("method", ["add_sequence", "fork to"])
 def test_a_finalizer_may_add_sequences_while_the_table_grows(method, num_added):
