@@ -3,6 +3,7 @@
 # ruff: noqa: E501 - tables of cases, one a line
 
 import ctypes
+import os
 import re
 import subprocess
 import sys
@@ -470,9 +471,11 @@ def test_isas():
 
 
 def python(code, **environment):
+    ours = ("ROCMFORGE_CPU_ISA", "ROCMFORGE_NUM_THREADS", "OMP_NUM_THREADS")
+    inherited = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={"PATH": "", "PYTHONPATH": ":".join(sys.path), **environment},
+        env={**inherited, "PYTHONPATH": ":".join(sys.path), **environment},
         cwd="/",
         capture_output=True,
         text=True,

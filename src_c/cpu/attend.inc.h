@@ -82,8 +82,8 @@ static void NAME(qk)(const float *q, int64_t ldq, const T *k, const int64_t *off
     }
 }
 
-/* acc = acc * alpha + p v for rb rows and `pairs` pairs of vectors from element c on; the last may
- * be a part. */
+/* acc = acc * alpha + p v (p v for alpha NULL) for rb rows and `pairs` pairs of vectors from
+ * element c on; the last may be a part. */
 RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const float *s,
                               int64_t lds, const T *v, const int64_t *off, int n,
                               const char *const *ahead, int dim, int fixed, int c, int pairs,
@@ -94,7 +94,8 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
     for (int r = 0; r < rb; r++)
 #pragma GCC unroll 8
         for (int j = 0; j < 2 * pairs; j++)
-            a[r][j] = vf_mul(vf_load(acc + r * lda + j * RF_W), vf_set1(alpha[r]));
+            a[r][j] =
+                alpha ? vf_mul(vf_load(acc + r * lda + j * RF_W), vf_set1(alpha[r])) : vf_zero();
     const int bytes = 2 * RF_W * (int)sizeof(T);
     const int per_row = fixed ? dim / (4 * RF_W) : 0, first = c / (4 * RF_W) * n;
     for (int t = 0; t < n; t++) {
@@ -143,12 +144,12 @@ RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const 
     if (rows >= RF_RB) {
         NAME(pv_dims)(acc, lda, alpha, s, lds, v, off, n, ahead, dim, fixed, RF_RB);
         for (r = RF_RB; r + RF_RB <= rows; r += RF_RB)
-            NAME(pv_dims)(acc + r * lda, lda, alpha + r, s + r * lds, lds, v, off, n, NULL, dim,
-                          fixed, RF_RB);
+            NAME(pv_dims)(acc + r * lda, lda, alpha ? alpha + r : NULL, s + r * lds, lds, v, off, n,
+                          NULL, dim, fixed, RF_RB);
         ahead = NULL;
     }
     acc += r * lda;
-    alpha += r;
+    if (alpha) alpha += r;
     s += r * lds;
     switch (rows - r) {
     case 1: NAME(pv_dims)(acc, lda, alpha, s, lds, v, off, n, ahead, dim, fixed, 1); break;
@@ -246,7 +247,7 @@ static void NAME(attend)(const rf_attention_params *p, const rf_task *task, floa
     NAME(next_tile)(p, &s, (int64_t)task->part0 * RF_PART, last, &tiles[0]);
     for (int64_t part = task->part0; part < task->part1; part++) {
         rf_state st = state_at(states ? states + part * state : part ? later : whole, all, v_dim);
-        clear_state(st, all, v_dim);
+        clear_sums(st, all);
         int64_t end = (part + 1) * RF_PART < last ? (part + 1) * RF_PART : last;
         for (int64_t pos = part * RF_PART; pos < end; pos += RF_TILE, now ^= 1) {
             const rf_tile *t = &tiles[now];
@@ -278,11 +279,12 @@ static void NAME(attend)(const rf_attention_params *p, const rf_task *task, floa
                 for (int j = ahead.n; j < n * heads; j++) ahead.row[j] = (const char *)kb;
             }
             for (int h = 0; h < heads; h++)
-                NAME(pv)(st.acc + h * rows * v_dim, v_dim, alpha + h * rows,
+                NAME(pv)(st.acc + h * rows * v_dim, v_dim,
+                         pos > part * RF_PART ? alpha + h * rows : NULL,
                          scores + h * rows * RF_SCORES, RF_SCORES, vb + h * p->v.head_stride, t->v,
                          n, ahead.row + h * n, p->v_head_dim, rows);
         }
-        if (!states && part) fold_state(state_at(whole, all, v_dim), st, all, v_dim);
+        if (!states && part) fold_state(state_at(whole, all, v_dim), st, all, v_dim, p->v_head_dim);
     }
     if (!states)
         NAME(store_rows)(p, s.q_start + task->q0, task->head, heads, task->num_q,
@@ -295,7 +297,7 @@ static void NAME(merge)(const rf_attention_params *p, const rf_merge *m, float *
     const int64_t v_dim = rf_pad_dim(p->v_head_dim), state = rf_state_floats(rows, p->v_head_dim);
     rf_state whole = state_at(states, rows, v_dim);
     for (int32_t i = 1; i < m->num_parts; i++)
-        fold_state(whole, state_at(states + i * state, rows, v_dim), rows, v_dim);
+        fold_state(whole, state_at(states + i * state, rows, v_dim), rows, v_dim, p->v_head_dim);
     NAME(store_rows)(p, s.q_start + m->q0, m->head, m->num_heads, m->num_q, whole);
 }
 

@@ -45,7 +45,9 @@ static inline void vf_hmax4(const vf v[4], float out[4]) {
 }
 
 static inline vf vf_exp2(vf x) {
-    vf t = _mm512_max_ps(vf_set1(-200.0f), x); /* -inf would become NaN below; 2^-200 is 0 */
+    /* Below the normal range the result is 0 by a mask: computing it takes a slow path. */
+    __mmask16 normal = _mm512_cmp_ps_mask(x, vf_set1(-126.0f), _CMP_NLT_UQ);
+    vf t = _mm512_max_ps(vf_set1(-126.0f), x);
     vf n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     vf f = _mm512_sub_ps(t, n);
     vf p = vf_set1(0x1.41fbbcp-13f);
@@ -55,7 +57,7 @@ static inline vf vf_exp2(vf x) {
     p = vf_fma(p, f, vf_set1(0x1.ebfbdcp-3f));
     p = vf_fma(p, f, vf_set1(0x1.62e430p-1f));
     p = vf_fma(p, f, vf_set1(1.0f));
-    return _mm512_scalef_ps(p, n);
+    return _mm512_maskz_scalef_ps(normal, p, n);
 }
 
 static inline __mmask32 rf_first(int n) { return (__mmask32)((1u << n) - 1u); }

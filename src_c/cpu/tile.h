@@ -135,18 +135,24 @@ RF_INLINE rf_state state_at(float *base, int64_t rows, int64_t v_dim) {
     return s;
 }
 
-static void clear_state(rf_state s, int64_t rows, int64_t v_dim) {
-    memset(s.acc, 0, (size_t)(rows * v_dim) * sizeof(float));
+/* The first tile of a part overwrites acc. */
+static void clear_sums(rf_state s, int64_t rows) {
     for (int64_t r = 0; r < rf_pad_rows(rows); r++) {
         s.max[r] = -INFINITY;
         s.sum[r] = 0.0f;
     }
 }
 
+static void clear_state(rf_state s, int64_t rows, int64_t v_dim) {
+    memset(s.acc, 0, (size_t)(rows * v_dim) * sizeof(float));
+    clear_sums(s, rows);
+}
+
 RF_INLINE float rf_exp2_of(float x) { return vf_first(vf_exp2(vf_set1(x))); }
 
-/* a = fold(a, b), b being the later part. */
-static void fold_state(rf_state a, rf_state b, int64_t rows, int64_t v_dim) {
+/* a = fold(a, b), b being the later part. used: elements of a row that are in use, at most v_dim.
+ */
+static void fold_state(rf_state a, rf_state b, int64_t rows, int64_t v_dim, int64_t used) {
     for (int64_t r = 0; r < rows; r++) {
         if (b.max[r] == -INFINITY) continue;
         float top = a.max[r] > b.max[r] ? a.max[r] : b.max[r];
@@ -155,7 +161,7 @@ static void fold_state(rf_state a, rf_state b, int64_t rows, int64_t v_dim) {
         a.max[r] = top;
         float *pa = a.acc + r * v_dim, *pb = b.acc + r * v_dim;
         vf va = vf_set1(fa), vb = vf_set1(fb);
-        for (int64_t i = 0; i < v_dim; i += RF_W)
+        for (int64_t i = 0; i < used; i += RF_W)
             vf_store(pa + i, vf_fma(vf_load(pb + i), vb, vf_mul(vf_load(pa + i), va)));
     }
 }
