@@ -3,7 +3,7 @@
     python benchmarks/attention_cpu.py [--quick] [--threads 1 2] [--dtypes bfloat16 ...]
 
 Each result is checked against the float64 oracle before it is timed. Problems rotate through more
-memory than the caches hold, in random order of blocks. Bare reads of the same blocks ("paged"), bare
+memory than the caches hold, in random order of blocks. Bare reads of the same blocks ("paged"),
 reads from end to end ("sequential") and the peers are timed in turn with ours, because a shared
 machine's bandwidth changes from second to second; every number is the median of its turns, and of
 the ways to read the fastest counts. Peers are optional: PyTorch, which gathers the blocks and calls

@@ -150,9 +150,10 @@ static void clear_state(rf_state s, int64_t rows, int64_t v_dim) {
 
 RF_INLINE float rf_exp2_of(float x) { return vf_first(vf_exp2(vf_set1(x))); }
 
-/* a = fold(a, b), b being the later part. used: elements of a row that are in use, at most v_dim.
- */
-static void fold_state(rf_state a, rf_state b, int64_t rows, int64_t v_dim, int64_t used) {
+/* a = fold(a, b), b being the later part. Rows are padded to v_dim, but written by pairs of
+ * vectors. */
+static void fold_state(rf_state a, rf_state b, int64_t rows, int64_t v_dim, int64_t v_head_dim) {
+    const int64_t pair = 2 * RF_W, used = (v_head_dim + pair - 1) / pair * pair;
     for (int64_t r = 0; r < rows; r++) {
         if (b.max[r] == -INFINITY) continue;
         float top = a.max[r] > b.max[r] ? a.max[r] : b.max[r];
