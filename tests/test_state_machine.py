@@ -234,12 +234,22 @@ class KVCacheManagerMachine(RuleBasedStateMachine):
             self.manager.add_sequence(sequence_id)
             self.model.add(sequence_id)
 
-    @rule(choice=choices, child=sequence_ids)
-    def fork(self, choice, child):
-        parent = choose(choice, self.model.sequences)
+    def fork_from(self, parent, child):
         with expecting(self.model.add_error(child, parent), self.manager):
             self.manager.fork(parent, child)
             self.model.fork(parent, child)
+
+    @rule(choice=choices, child=sequence_ids)
+    def fork(self, choice, child):
+        self.fork_from(choose(choice, self.model.sequences), child)
+
+    @rule(choice=choices, child=sequence_ids, count=st.integers(1, 3))
+    def branch(self, choice, child, count):
+        """As a beam search does: some tokens, a fork, then both go on."""
+        parent = choose(choice, self.model.sequences)
+        self.append_to_any([parent], count)
+        self.fork_from(parent, child)
+        self.append_to_any([parent, child], count)
 
     @rule(choice=choices)
     def free(self, choice):
@@ -317,8 +327,8 @@ class KVCacheManagerMachine(RuleBasedStateMachine):
 TestPageTable = PageTableMachine.TestCase
 TestBlockAllocator = BlockAllocatorMachine.TestCase
 TestKVCacheManager = KVCacheManagerMachine.TestCase
-for case in (TestPageTable, TestBlockAllocator, TestKVCacheManager):
+for case, times in ((TestPageTable, 1), (TestBlockAllocator, 1), (TestKVCacheManager, 2)):
     case.settings = settings(
-        max_examples=2 * settings().max_examples, suppress_health_check=list(HealthCheck)
+        max_examples=times * settings().max_examples, suppress_health_check=list(HealthCheck)
     )
 del case  # it would be collected once more
