@@ -778,22 +778,84 @@ def test_a_finalizer_may_free_its_sequence_during_any_call(call, num_requests):
         assert 10 not in manager
 
 
-@pytest.mark.untraced
+@pytest.fixture
+def while_the_table_grows(monkeypatch):
+    """Run an action, once, at the place where growing the table lets other threads in."""
+
+    def arrange(action):
+        full = np.full
+
+        def interrupted(*args, **kwargs):
+            monkeypatch.setattr(np, "full", full)
+            action()
+            return full(*args, **kwargs)
+
+        monkeypatch.setattr(np, "full", interrupted)
+
+    return arrange
+
+
 @pytest.mark.parametrize("num_added", [1, 19, 20, 21])  # 20 fill the room for ids exactly
 @pytest.mark.parametrize("method", ["add_sequence", "fork to"])
-def test_a_finalizer_may_add_sequences_while_the_table_grows(method, num_added):
-    for delay in range(12):
-        manager = manager_of(dict.fromkeys(range(16), 5))
+def test_sequences_added_while_one_is_added(while_the_table_grows, method, num_added):
+    manager = manager_of(dict.fromkeys(range(16), 5))
+    added = range(100, 100 + num_added)
+    while_the_table_grows(lambda: [manager.add_sequence(i) for i in added])
+    BY_ID[method](manager, 50)
+    manager.check_integrity()
+    assert len(manager) == 17 + num_added
 
-        def add(manager=manager):
-            for sequence_id in range(100, 100 + num_added):
-                manager.add_sequence(sequence_id)
 
-        Finalized(add)
-        call_and_collect(lambda manager=manager: BY_ID[method](manager, 50), delay)
-        gc.collect()
-        manager.check_integrity()
-        assert len(manager) == 17 + num_added
+def test_the_parent_freed_while_it_is_forked(while_the_table_grows):
+    manager = manager_of(dict.fromkeys(range(16), 5))
+    while_the_table_grows(lambda: manager.free(0))
+    with pytest.raises(UnknownSequenceError, match="sequence 0 is not in the cache"):
+        manager.fork(0, 50)
+    manager.check_integrity()
+    assert len(manager) == 15
+
+
+@pytest.mark.parametrize("method", ["add_sequence", "fork to"])
+def test_the_same_id_added_while_it_is_added(while_the_table_grows, method):
+    manager = manager_of(dict.fromkeys(range(16), 5))
+    while_the_table_grows(lambda: manager.add_sequence(50))
+    with pytest.raises(ValueError, match="sequence 50 is in the cache already"):
+        BY_ID[method](manager, 50)
+    manager.check_integrity()
+    assert len(manager) == 17
+
+
+def test_a_batch_is_planned_again_when_something_changed(while_the_table_grows):
+    manager = manager_of({1: 6})
+    manager.fork(1, 2)
+    while_the_table_grows(lambda: manager.append([2], 1))  # now 1 holds its last block alone
+    batch = manager.append([1], 100)
+    check_batch(manager, batch, [1], [100])
+    assert batch.copies.shape == (0, 2)
+
+    manager.fork(1, 3)
+    while_the_table_grows(lambda: manager.append([1], 2))
+    batch = manager.append([1], 100)
+    check_batch(manager, batch, [1], [100])
+    assert batch.positions[0] == 108
+
+
+@pytest.mark.parametrize("freed", [1, 2])
+def test_a_sequence_freed_while_it_is_appended_to(while_the_table_grows, freed):
+    manager = manager_of({1: 6, 2: 6})
+    while_the_table_grows(lambda: manager.free(freed))
+    with pytest.raises(UnknownSequenceError, match=f"sequence {freed} is not in the cache"):
+        manager.append([1, 2], 80)
+    manager.check_integrity()
+    assert manager.seq_len(3 - freed) == 6
+
+
+def test_blocks_taken_while_a_batch_is_made(while_the_table_grows):
+    manager = manager_of({1: 6, 2: 6})
+    while_the_table_grows(lambda: manager.append([1], 100))
+    with pytest.raises(OutOfBlocksError, match="37 requested, 35 free"):
+        manager.append([2], 148)
+    manager.check_integrity()
 
 
 # A traced build calls Python code at every line, and with it lets other threads in there.
