@@ -3,10 +3,12 @@
 __version__ = "0.1.0"
 
 try:
+    from rocmforge.batch import Batch
     from rocmforge.block_allocator import BlockAllocator
     from rocmforge.errors import RocmForgeError
     from rocmforge.kv_cache import KVCache
-    from rocmforge.kv_cache_manager import Batch, KVCacheManager
+    from rocmforge.kv_cache_manager import KVCacheManager
+    from rocmforge.layer_group import LayerGroup
     from rocmforge.ops import copy_blocks, paged_attention, set_num_threads, write_kv
     from rocmforge.page_table import PageTable
 except ModuleNotFoundError as _error:
@@ -23,6 +25,7 @@ __all__ = [
     "BlockAllocator",
     "KVCache",
     "KVCacheManager",
+    "LayerGroup",
     "PageTable",
     "RocmForgeError",
     "copy_blocks",

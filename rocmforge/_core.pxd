@@ -2,10 +2,9 @@
 # The conversions are inline, so that this file needs no module of its own.
 cimport cython
 cimport numpy as cnp
-from cpython.exc cimport PyErr_Clear, PyErr_Occurred
-from cpython.list cimport PyList_GET_ITEM, PyList_GET_SIZE
-from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong, PyLong_Check
-from libc.stdint cimport int32_t, int64_t, uint32_t, uint64_t
+from cpython.list cimport PyList_CheckExact, PyList_GET_ITEM, PyList_GET_SIZE
+from cpython.long cimport PyLong_AsLongLong, PyLong_AsUnsignedLongLong, PyLong_CheckExact
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef extern from "rf/status.h" nogil:
@@ -41,15 +40,20 @@ cdef extern from "rf/id_map.h" nogil:
 
 cdef extern from "rf/block_pool.h" nogil:
     int32_t RF_NO_BLOCK
-    uint32_t RF_BLOCK_KEPT
+    int RF_NUM_PRIORITIES
+    int RF_BLOCK_KEPT, RF_BLOCK_CACHED
+    int RF_KEEP_NONE, RF_KEEP_ALL, RF_KEEP_CACHED
     ctypedef struct rf_block:
         int32_t ref_count
-        uint32_t flags
+        uint8_t flags
+        uint16_t pins
         uint64_t last_use
     ctypedef struct rf_block_pool:
         rf_block *blocks
         int32_t num_blocks
         int32_t num_kept
+        int32_t num_pinned
+        int32_t *evicted
         int32_t num_evicted
         uint64_t total_evictions
     int rf_block_pool_init(rf_block_pool *pool, int64_t num_blocks)
@@ -58,10 +62,47 @@ cdef extern from "rf/block_pool.h" nogil:
     int rf_block_pool_ref(rf_block_pool *pool, const int32_t *ids, int32_t n, int32_t *bad)
     int rf_block_pool_release(rf_block_pool *pool, const int32_t *ids, int32_t n, int keep,
                               int32_t *bad)
+    void rf_block_pool_hold(rf_block_pool *pool, int32_t id)
+    void rf_block_pool_drop(rf_block_pool *pool, const int32_t *ids, int32_t n, int keep,
+                            int priority)
+    void rf_block_pool_forget(rf_block_pool *pool, int32_t id)
+    void rf_block_pool_pin(rf_block_pool *pool, int32_t id)
+    void rf_block_pool_unpin(rf_block_pool *pool, int32_t id)
     int32_t rf_block_pool_take_evicted(rf_block_pool *pool, int32_t *ids)
     int rf_block_pool_validate(const rf_block_pool *pool, const char **reason)
     int32_t rf_block_pool_num_free(const rf_block_pool *pool)
     int32_t rf_block_pool_num_available(const rf_block_pool *pool)
+
+
+cdef extern from "rf/prefix_index.h" nogil:
+    int32_t RF_NO_NODE
+    ctypedef struct rf_prefix_node:
+        int32_t parent
+        int32_t uses
+    ctypedef struct rf_prefix_index:
+        rf_prefix_node *nodes
+        uint32_t hash_mask
+        int32_t capacity
+        int32_t num_groups
+        int32_t next_fresh
+        int32_t num_nodes
+        int32_t num_blocks
+    int rf_prefix_index_init(rf_prefix_index *index, int32_t block_size, int32_t num_groups,
+                             const int32_t *group_blocks, uint64_t seed)
+    void rf_prefix_index_free(rf_prefix_index *index)
+    int32_t rf_prefix_index_add_root(rf_prefix_index *index)
+    void rf_prefix_index_drop_root(rf_prefix_index *index, int32_t root)
+    int32_t rf_prefix_index_walk(const rf_prefix_index *index, int32_t root,
+                                 const int32_t *tokens, int32_t n, int32_t *nodes)
+    int32_t rf_prefix_index_step(rf_prefix_index *index, int32_t node, const int32_t *tokens)
+    void rf_prefix_index_use(rf_prefix_index *index, int32_t node)
+    void rf_prefix_index_unuse(rf_prefix_index *index, int32_t node)
+    void rf_prefix_index_attach(rf_prefix_index *index, int32_t node, int32_t group, int32_t block)
+    void rf_prefix_index_detach(rf_prefix_index *index, int32_t group, int32_t block)
+    int rf_prefix_index_validate(const rf_prefix_index *index, const int32_t *group_blocks,
+                                 const char **reason)
+    int32_t rf_prefix_index_block(const rf_prefix_index *index, int32_t node, int32_t group)
+    int32_t rf_prefix_index_node(const rf_prefix_index *index, int32_t group, int32_t block)
 
 
 cdef inline object plain_int(object value, str name):
@@ -102,8 +143,12 @@ cdef inline object as_int_array(object values, str name, int type_num):
     int64 and uint64 may stand for each other as the contract of sequence ids allows: the negative
     ones are refused by whoever looks them up.
     """
-    import numpy as np
     cdef cnp.ndarray array
+    if (cnp.PyArray_Check(values) and cnp.PyArray_TYPE(<cnp.ndarray> values) == type_num
+            and cnp.PyArray_NDIM(<cnp.ndarray> values) == 1
+            and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> values)):
+        return values
+    import numpy as np
     cdef object dtype = cnp.PyArray_DescrFromType(type_num)
     if cnp.PyArray_Check(values):
         array = <cnp.ndarray> values
@@ -136,8 +181,45 @@ cdef inline object as_int_array(object values, str name, int type_num):
         if low < limits.min or high > limits.max:
             raise ValueError(f"{name}: expected {limits.min} .. {limits.max}, got {low} .. {high}")
     if cnp.PyArray_TYPE(array) == type_num and cnp.PyArray_ISCARRAY_RO(array):
-        return array
+        return array  # of a list, or by DLPack
     return array.astype(dtype, order="C")
+
+
+cdef inline cnp.ndarray as_tokens(object values, str name):
+    """Token ids as a contiguous int32 array; an int32 one of the caller's is not copied."""
+    cdef cnp.npy_intp i, n
+    cdef cnp.ndarray array, wide
+    cdef int32_t *tokens
+    cdef const int64_t *source
+    cdef int64_t lost = 0
+    if PyList_CheckExact(values):
+        n = PyList_GET_SIZE(values)
+        array = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT32)
+        tokens = <int32_t *> cnp.PyArray_DATA(array)
+        try:
+            for i in range(n):
+                item = <object> PyList_GET_ITEM(values, i)
+                if not PyLong_CheckExact(item):
+                    break
+                tokens[i] = <int32_t> item
+            else:
+                return array
+        except OverflowError:
+            pass  # as_int_array says it better
+    elif (cnp.PyArray_Check(values) and cnp.PyArray_NDIM(<cnp.ndarray> values) == 1
+            and cnp.PyArray_TYPE(<cnp.ndarray> values) == cnp.NPY_INT64
+            and cnp.PyArray_ISCARRAY_RO(<cnp.ndarray> values)):
+        wide = <cnp.ndarray> values
+        n = cnp.PyArray_SIZE(wide)
+        array = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT32)
+        tokens = <int32_t *> cnp.PyArray_DATA(array)
+        source = <const int64_t *> cnp.PyArray_DATA(wide)
+        for i in range(n):
+            tokens[i] = <int32_t> source[i]
+            lost |= source[i] - tokens[i]
+        if lost == 0:
+            return array
+    return as_int_array(values, name, cnp.NPY_INT32)
 
 
 cdef inline cnp.ndarray as_out(object out, str name, int type_num, tuple shape):

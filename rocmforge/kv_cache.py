@@ -8,9 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from rocmforge import ops
+from rocmforge.batch import Batch
 from rocmforge.dtypes import resolve
 from rocmforge.errors import DeviceError
-from rocmforge.kv_cache_manager import Batch, KVCacheManager
+from rocmforge.kv_cache_manager import KVCacheManager
 
 __all__ = ["KVCache"]
 
@@ -50,7 +51,7 @@ class KVCache(KVCacheManager):
         ``[block_size, num_kv_heads, head_dim]``.
     device : str
         "cpu", or "auto", which takes the best device at hand: in this version the CPU.
-    max_sequences, max_seq_len : int, optional
+    max_sequences, max_seq_len, prefix_caching, watermark, max_pinned_blocks
         As in `KVCacheManager`.
 
     Raises
@@ -67,6 +68,7 @@ class KVCache(KVCacheManager):
     >>> import numpy as np
     >>> cache = KVCache(num_layers=1, num_blocks=8, num_kv_heads=2, head_dim=8, dtype="float32")
     >>> cache.add_sequence(0)
+    0
     >>> batch = cache.append([0], 3)
     >>> key = value = np.ones((3, 2, 8), np.float32)
     >>> cache.write(0, key, value, batch)
@@ -96,6 +98,9 @@ class KVCache(KVCacheManager):
         device: str = "auto",
         max_sequences: int | None = None,
         max_seq_len: int | None = None,
+        prefix_caching: bool = True,
+        watermark: int = 0,
+        max_pinned_blocks: int | None = None,
     ) -> None:
         num_layers = _positive("num_layers", num_layers)
         num_kv_heads = _positive("num_kv_heads", num_kv_heads)
@@ -108,7 +113,13 @@ class KVCache(KVCacheManager):
             raise DeviceError(f'device: expected "auto" or "cpu", got {device!r}')
         storage = resolve(dtype)
         super().__init__(
-            num_blocks, block_size=block_size, max_sequences=max_sequences, max_seq_len=max_seq_len
+            num_blocks,
+            block_size=block_size,
+            max_sequences=max_sequences,
+            max_seq_len=max_seq_len,
+            prefix_caching=prefix_caching,
+            watermark=watermark,
+            max_pinned_blocks=max_pinned_blocks,
         )
         heads_and_tokens = (num_kv_heads, self.block_size)
         shape = (self.num_blocks, *heads_and_tokens[:: 1 if layout == "HND" else -1], head_dim)
@@ -171,9 +182,11 @@ class KVCache(KVCacheManager):
         block = self.allocator.get_block(block_id).id
         return self._keys[index][block], self._values[index][block]
 
-    def append(self, sequence_ids: Any, num_tokens: Any) -> Batch:
+    def append(
+        self, sequence_ids: Any, num_tokens: Any, token_ids: Any = None, *, out: Batch | None = None
+    ) -> Batch:
         """Reserve slots as `KVCacheManager.append`, and copy the shared blocks it will write to."""
-        batch = super().append(sequence_ids, num_tokens)
+        batch = super().append(sequence_ids, num_tokens, token_ids, out=out)
         if len(batch.copies):
             ops.copy_blocks([*self._keys, *self._values], batch.copies)
         return batch

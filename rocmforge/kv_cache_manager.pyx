@@ -1,17 +1,22 @@
 # cython: auto_pickle=False, embedsignature=True, embedsignature.format=python
-# cython: boundscheck=False, wraparound=False, initializedcheck=False
+# cython: boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Sequences over shared blocks, and the batches that extend them: no tensor, no device."""
 
 cimport numpy as cnp
 from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy, memset
 
 from rocmforge._core cimport (
-    RF_NO_ROW, RF_OK, as_int, as_int_array, as_sequence_id, plain_int, rf_alloc, rf_block_pool,
-    rf_block_pool_allocate, rf_block_pool_num_available, rf_block_pool_num_free,
-    rf_block_pool_ref, rf_block_pool_release, rf_free, rf_id_map_find, rf_realloc)
-from rocmforge.block_allocator cimport BlockAllocator
-from rocmforge.page_table cimport BlockList, PageTable
+    RF_BLOCK_CACHED, RF_BLOCK_KEPT, RF_KEEP_CACHED, RF_NO_BLOCK, RF_NO_NODE, RF_NO_ROW,
+    RF_NUM_PRIORITIES, RF_OK, as_int, as_int_array, as_sequence_id, as_tokens, plain_int, rf_alloc,
+    rf_block, rf_block_pool, rf_block_pool_drop, rf_block_pool_hold, rf_block_pool_num_available,
+    rf_block_pool_pin, rf_block_pool_unpin, rf_free, rf_id_map_find, rf_prefix_index_attach,
+    rf_prefix_index_block, rf_prefix_index_node, rf_prefix_index_step, rf_prefix_index_unuse,
+    rf_prefix_index_use, rf_prefix_index_validate, rf_prefix_index_walk, rf_realloc)
+from rocmforge.batch cimport Batch, BatchGroup, Item, new_batch
+from rocmforge.cache_group cimport CacheGroup, new_group
+from rocmforge.page_table cimport BlockList
+from rocmforge.prefix_cache cimport new_prefix_cache, salt_key
 
 import numpy as np
 
@@ -20,105 +25,9 @@ from rocmforge.stats import CacheStats
 
 cnp.import_array()
 
-cdef cnp.ndarray NO_COPIES = np.empty((0, 2), np.int32)
-NO_COPIES.flags.writeable = False
-
-
-cdef cnp.ndarray new_array(cnp.npy_intp n, int type_num):
-    return cnp.PyArray_SimpleNew(1, &n, type_num)
-
-
-cdef class Batch:
-    """What one step of some sequences needs, made by `KVCacheManager.append`.
-
-    The arrays never change after the batch is returned, but for `block_table`, a live view that is
-    valid for the newest batch.
-
-    Attributes
-    ----------
-    sequence_ids : numpy.ndarray
-        uint64 ``[num_seqs]``, in the order given.
-    rows : numpy.ndarray
-        int32 ``[num_seqs]``: the row of `block_table` that each sequence uses.
-    seq_lens : numpy.ndarray
-        int32 ``[num_seqs]``: tokens of each sequence, the new ones included.
-    cu_seqlens_q : numpy.ndarray
-        int32 ``[num_seqs + 1]``: where each sequence's new tokens start in the flat arrays.
-    positions, slot_mapping : numpy.ndarray
-        int64 ``[num_tokens]``: position in its sequence and slot in the pool of each new token.
-    copies : numpy.ndarray
-        int32 ``[num_copies, 2]``: (source, destination) blocks to copy before anything is written.
-    block_table : numpy.ndarray
-        int32 ``[num_rows, max_blocks]``: the block ids of all sequences.
-    num_tokens, max_seqlen_q, max_seq_len : int
-        Number of new tokens, the most of one sequence, and the longest length.
-    committed : bool
-        Whether the batch was committed.
-    """
-
-    def __init__(self):
-        raise TypeError("a Batch is made by append()")
-
-    def __dealloc__(self):
-        rf_free(self.items)
-
-    def __len__(self):
-        return self.num_sequences
-
-    def __repr__(self):
-        return (f"Batch(num_seqs={self.num_sequences}, num_tokens={self.num_tokens}, "
-                f"max_seqlen_q={self.max_seqlen_q}, max_seq_len={self.max_seq_len}, "
-                f"num_copies={len(self.copies)}, committed={bool(self.committed)})")
-
-
-cdef Batch new_batch(KVCacheManager manager, object sequence_ids, object num_tokens):
-    """A batch with the sequences and numbers of tokens read and checked."""
-    cdef Batch batch = Batch.__new__(Batch)
-    cdef cnp.ndarray counts
-    cdef int64_t i, n, count, total = 0
-    cdef bint is_uniform = hasattr(num_tokens, "__index__") and np.ndim(num_tokens) == 0
-    batch.manager = manager
-    # a copy also of an array, as the caller may change theirs
-    batch.sequence_ids = as_int_array(sequence_ids, "sequence_ids", cnp.NPY_UINT64).copy()
-    n = cnp.PyArray_SIZE(batch.sequence_ids)
-    if n > INT32_MAX - 1:
-        raise ValueError(f"sequence_ids: expected at most {INT32_MAX - 1} sequences, got {n}")
-    batch.items = <Item *> rf_alloc(n * sizeof(Item))
-    if batch.items == NULL:
-        raise MemoryError(f"no memory for a batch of {n} sequences")
-    if is_uniform:
-        count = as_int(num_tokens, "num_tokens", 1, INT32_MAX)
-        for i in range(n):
-            batch.items[i].num_tokens = <int32_t> count
-        total = n * count
-    else:
-        counts = as_int_array(num_tokens, "num_tokens", cnp.NPY_INT64)
-        if cnp.PyArray_SIZE(counts) != n:
-            raise ValueError(f"num_tokens: expected an integer or {n} of them, got {counts.size}")
-        for i in range(n):
-            count = (<int64_t *> cnp.PyArray_DATA(counts))[i]
-            if count < 1 or count > INT32_MAX:
-                raise ValueError(f"num_tokens[{i}]: expected 1 .. {INT32_MAX}, got {count}")
-            batch.items[i].num_tokens = <int32_t> count
-            total += count
-    if total > INT32_MAX:
-        raise ValueError(f"num_tokens: expected at most {INT32_MAX} in a batch, got {total}")
-    batch.num_sequences = <int32_t> n
-    batch.num_tokens = <int> total
-    return batch
-
-
-cdef int make_arrays(Batch batch, int32_t num_copies) except -1:
-    """The arrays of a batch that was found possible, to be filled in."""
-    cdef cnp.npy_intp n = batch.num_sequences
-    if batch.rows is None:
-        batch.rows = new_array(n, cnp.NPY_INT32)
-        batch.seq_lens = new_array(n, cnp.NPY_INT32)
-        batch.cu_seqlens_q = new_array(n + 1, cnp.NPY_INT32)
-        batch.positions = new_array(batch.num_tokens, cnp.NPY_INT64)
-        batch.slot_mapping = new_array(batch.num_tokens, cnp.NPY_INT64)
-    batch.copies = np.empty((num_copies, 2), np.int32) if num_copies else NO_COPIES
-    return 0
+cdef enum:
+    MAX_GROUPS = 32
+    ROOT_UNSET = -2  # no token was given yet, so that the sequence needs no space
 
 
 cdef class KVCacheManager:
@@ -129,20 +38,35 @@ cdef class KVCacheManager:
 
     Parameters
     ----------
-    num_blocks : int
-        Blocks of the pool, 0 .. 2**31 - 1.
+    num_blocks : int, optional
+        Blocks of the pool, 0 .. 2**31 - 1. Not with `groups`.
     block_size : int
         Tokens a block, from 1 up.
+    groups : sequence of LayerGroup, optional
+        Pools of layers that differ in their window, at most 32.
+    kernel_block_size : int, optional
+        Tokens a block as kernels see them, a divisor of `block_size`: a block is then several
+        consecutive kernel blocks, and block tables, copies and deltas count in those.
     max_sequences : int, optional
         The most sequences at one time; unlimited when not given.
     max_seq_len : int, optional
-        The most tokens of a sequence. With both limits the block table keeps one address for life,
-        as captured graphs need; else it grows, and `table_epoch` counts how often it moved.
+        The most tokens of a sequence. With both limits the block tables keep one address for life,
+        as captured graphs need; else they grow, and `table_epoch` counts how often one moved.
+    prefix_caching : bool
+        Share the full blocks of sequences that begin with the same tokens, and keep them when
+        their sequences end until their blocks are needed.
+    watermark : int
+        Blocks of each pool that only sequences which were in a batch before may take: a reserve,
+        so that what runs can go on when something new was admitted.
+    max_pinned_blocks : int, optional
+        The most blocks that `pin` may hold; half of all when not given.
 
     Raises
     ------
     ValueError
         If a number is out of its range.
+    MemoryError
+        If there is no memory for 32 bytes a block.
 
     Notes
     -----
@@ -150,151 +74,266 @@ cdef class KVCacheManager:
 
     Examples
     --------
-    >>> manager = KVCacheManager(num_blocks=64, block_size=16)
-    >>> manager.add_sequence(7)
-    >>> batch = manager.append([7], 20)
+    >>> manager = KVCacheManager(num_blocks=64, block_size=4)
+    >>> manager.add_sequence(7, [11, 12, 13, 14, 15, 16])
+    0
+    >>> batch = manager.append([7], 6)
     >>> batch.seq_lens, batch.block_table[batch.rows[0], :2]
-    (array([20], dtype=int32), array([0, 1], dtype=int32))
-    >>> manager.fork(7, 8)                       # shares both blocks
-    >>> manager.append([8], 1).copies            # the partly filled one is copied before the write
+    (array([6], dtype=int32), array([0, 1], dtype=int32))
+    >>> manager.commit(batch)
+    >>> manager.add_sequence(8, [11, 12, 13, 14, 99])    # the first block is shared
+    4
+    >>> manager.fork(7, 9)                               # shares both blocks
+    >>> manager.append([9], 1).copies                    # copied before it is written to
     array([[1, 2]], dtype=int32)
     """
 
     def __cinit__(self, *args, **kwargs):
         # a valid empty cache, whatever a subclass does before it calls __init__
-        self.page_table = PageTable(1)
-        self.allocator = BlockAllocator(0)
-        self.page_table.read_only = True
-        self.allocator.read_only = True
-        self.table = np.empty((0, 0), np.int32)
+        self.first = new_group(0, 1, 0, 1, 0, 0)
+        self.groups = (self.first,)
+        self.block_size = self.kernel_block_size = 1
+        self.prefixes = new_prefix_cache(self.groups, 1)
 
-    def __init__(self, num_blocks, *, block_size=16, max_sequences=None, max_seq_len=None):
-        cdef int64_t rows = 0, columns = 0
+    def __init__(self, num_blocks=None, *, block_size=16, groups=None, kernel_block_size=None,
+                 max_sequences=None, max_seq_len=None, prefix_caching=True, watermark=0,
+                 max_pinned_blocks=None):
+        cdef int64_t rows = 0, columns = 0, total = 0, ratio, blocks, window
         if self.initialized:
             raise TypeError(f"{type(self).__name__}: it is initialised already")
-        cdef PageTable pages = PageTable(block_size)
-        cdef BlockAllocator allocator = BlockAllocator(num_blocks)
+        block_size = as_int(block_size, "block_size", 1, INT32_MAX)
+        if kernel_block_size is None:
+            kernel_block_size = block_size
+        kernel_block_size = as_int(kernel_block_size, "kernel_block_size", 1, INT32_MAX)
+        if block_size % kernel_block_size:
+            raise ValueError(f"kernel_block_size: expected a divisor of the block size "
+                             f"{block_size}, got {kernel_block_size}")
+        ratio = block_size // kernel_block_size
+        if (num_blocks is None) == (groups is None):
+            raise ValueError("num_blocks: expected either num_blocks or groups")
+        if groups is None:
+            sizes = [(as_int(num_blocks, "num_blocks", 0, INT32_MAX), 0)]
+        else:
+            sizes = [(as_int(group.num_blocks, f"groups[{i}].num_blocks", 0, INT32_MAX),
+                      0 if group.window is None
+                      else as_int(group.window, f"groups[{i}].window", 1, INT32_MAX))
+                     for i, group in enumerate(groups)]
+            as_int(len(sizes), "groups", 1, MAX_GROUPS)
+        for blocks, _ in sizes:
+            total += blocks
+            if blocks * ratio > INT32_MAX:
+                raise ValueError(f"num_blocks: {blocks} blocks are more than 2**31 - 1 kernel "
+                                 f"blocks of {kernel_block_size} tokens")
         if max_sequences is not None:
             max_sequences = rows = as_int(max_sequences, "max_sequences", 1, INT32_MAX)
         if max_seq_len is not None:
             max_seq_len = columns = as_int(max_seq_len, "max_seq_len", 1, INT32_MAX)
-        columns = (columns + pages.block_size - 1) // pages.block_size
-        self.table = np.full((rows, columns), -1, np.int32)
+        watermark = as_int(watermark, "watermark", 0, INT32_MAX)
+        if max_pinned_blocks is None:
+            max_pinned_blocks = min(total // 2, INT32_MAX)
+        max_pinned_blocks = as_int(max_pinned_blocks, "max_pinned_blocks", 0, INT32_MAX)
+        columns = (columns + block_size - 1) // block_size
+        made = tuple([new_group(blocks, block_size, window, <int32_t> ratio, rows, columns)
+                      for blocks, window in sizes])
         self.initialized = True
-        self.page_table = pages
-        self.allocator = allocator
-        self.page_table.read_only = True
-        self.allocator.read_only = True
+        self.groups = made
+        self.first = made[0]
+        self.prefixes = new_prefix_cache(made, block_size)
+        self.block_size = block_size
+        self.kernel_block_size = kernel_block_size
         self.max_sequences = max_sequences
         self.max_seq_len = max_seq_len
+        self.prefix_caching = prefix_caching
+        self.has_windows = any([group.window for group in made])
+        self.watermark = watermark
+        self.max_pinned_blocks = max_pinned_blocks
 
     def __dealloc__(self):
+        cdef int32_t row
+        # rows without a sequence have no tokens; those above num_rows were never set
+        if self.first is not None:
+            for row in range(min(self.first.page_table.map.num_rows, self.sequences_capacity)):
+                rf_free(self.sequences[row].tokens)
         rf_free(self.sequences)
 
     @property
-    def num_blocks(self):
-        """Blocks of the pool."""
-        return self.allocator.pool.num_blocks
+    def allocator(self):
+        """The first group's blocks, read-only."""
+        return self.first.allocator
 
     @property
-    def block_size(self):
-        """Tokens a block."""
-        return self.page_table.block_size
+    def page_table(self):
+        """The first group's page table, read-only."""
+        return self.first.page_table
+
+    @property
+    def num_blocks(self):
+        """Blocks of the first group's pool."""
+        return self.first.allocator.pool.num_blocks
 
     @property
     def num_free_blocks(self):
-        """Blocks that an append can have."""
-        return rf_block_pool_num_available(&self.allocator.pool)
+        """Blocks of the first group that an append can have, those to be evicted included."""
+        return rf_block_pool_num_available(&self.first.allocator.pool)
 
     @property
     def block_table(self):
-        """The block ids of all sequences, int32 ``[num_rows, max_blocks]``: a live view."""
-        return self.table
+        """The first group's block table, int32 ``[num_rows, max_blocks]``: a live view."""
+        return self.first.table
+
+    @property
+    def table_epoch(self):
+        """How often the first group's block table moved to another address."""
+        return self.first.table_epoch
 
     # ---- sequences ----
 
     cdef int32_t require(self, object sequence_id) except -2:
-        cdef int32_t row = rf_id_map_find(&self.page_table.map, as_sequence_id(sequence_id))
+        cdef int32_t row = rf_id_map_find(&self.first.page_table.map, as_sequence_id(sequence_id))
         if row == RF_NO_ROW:
             raise UnknownSequenceError(f"sequence {sequence_id} is not in the cache")
         return row
 
     cdef int reserve_sequence(self) except -1:
         """Make room for one more sequence, so that `add_row` cannot fail."""
-        cdef PageTable pages = self.page_table
+        cdef CacheGroup group
         cdef Sequence *sequences
-        if self.max_sequences is not None and pages.map.num_ids >= self.max_sequences:
+        cdef int32_t capacity
+        if (self.max_sequences is not None
+                and self.first.page_table.map.num_ids >= self.max_sequences):
             raise ValueError(f"max_sequences: the cache holds {self.max_sequences} already")
-        if pages.reserve_row() != RF_OK:
-            raise MemoryError("no memory for a sequence of the page table")
-        if self.sequences_capacity < pages.map.row_capacity:
-            sequences = <Sequence *> rf_realloc(
-                self.sequences, pages.map.row_capacity * sizeof(Sequence))
+        for group in self.groups:
+            group.reserve_row()
+        capacity = self.first.page_table.map.row_capacity
+        if self.sequences_capacity < capacity:
+            sequences = <Sequence *> rf_realloc(self.sequences, capacity * sizeof(Sequence))
             if sequences == NULL:
                 raise MemoryError("no memory for a sequence of the cache")
+            memset(sequences + self.sequences_capacity, 0,
+                   (capacity - self.sequences_capacity) * sizeof(Sequence))
             self.sequences = sequences
-            self.sequences_capacity = pages.map.row_capacity
-        self.grow_table(pages.map.num_ids + 1, 0)
+            self.sequences_capacity = capacity
         return 0
 
-    cdef int32_t add_row(self, uint64_t key, int64_t length, int64_t committed) noexcept:
-        cdef int32_t row = self.page_table.add_row(key)
+    cdef int32_t add_row(self, uint64_t key) noexcept:
+        """Add an empty sequence; all groups give it the same row, as they did the same before."""
+        cdef CacheGroup group
+        cdef int32_t row
+        for group in self.groups:
+            group.add_row(key)
+        row = rf_id_map_find(&self.first.page_table.map, key)
+        memset(&self.sequences[row], 0, sizeof(Sequence))
         self.versions += 1
         self.changes += 1
-        self.sequences[row].length = length
-        self.sequences[row].committed = committed
         self.sequences[row].version = self.versions
-        self.sequences[row].seen = 0
+        self.sequences[row].root = self.sequences[row].chain = RF_NO_NODE
         return row
 
-    cdef int grow_table(self, int64_t rows, int64_t columns) except -1:
-        """Make the block table at least this large; a new array, as old batches keep theirs."""
-        cdef cnp.ndarray old, table
-        cdef int64_t old_rows, old_columns, new_rows, new_columns, row
-        while True:
-            old = self.table
-            old_rows, old_columns = cnp.PyArray_DIM(old, 0), cnp.PyArray_DIM(old, 1)
-            if rows <= old_rows and columns <= old_columns:
-                return 0
-            new_rows, new_columns = old_rows, old_columns
-            if rows > old_rows:
-                new_rows = max(rows, 2 * old_rows, 16)
-            if columns > old_columns:
-                new_columns = max(columns, 2 * old_columns, 16)
-            table = np.full((new_rows, new_columns), -1, np.int32)
-            if self.table is old:  # else another thread grew it meanwhile
-                break
-        # by memcpy, as an assignment in NumPy lets other threads in, who may write to the old one
-        for row in range(old_rows):
-            memcpy(<int32_t *> cnp.PyArray_DATA(table) + row * new_columns,
-                   <int32_t *> cnp.PyArray_DATA(old) + row * old_columns,
-                   old_columns * sizeof(int32_t))
-        self.table = table
-        self.table_epoch += 1
-        return 0
+    cdef void drop_row(self, uint64_t key, int32_t row) noexcept:
+        """Forget a sequence; its blocks are dropped already."""
+        cdef CacheGroup group
+        if self.sequences[row].chain >= 0:
+            rf_prefix_index_unuse(&self.prefixes.index, self.sequences[row].chain)
+        rf_free(self.sequences[row].tokens)
+        memset(&self.sequences[row], 0, sizeof(Sequence))
+        for group in self.groups:
+            group.drop_row(key)
+        self.changes += 1
 
-    def add_sequence(self, sequence_id):
-        """Begin a sequence without tokens.
+    def add_sequence(self, sequence_id, token_ids=None, salt=None, *, priority=0):
+        """Begin a sequence, sharing the blocks that hold the beginning of its tokens already.
+
+        The sequence then has the length found, and `append` reserves slots for the tokens behind.
+        At least the last token is always left to compute.
 
         Parameters
         ----------
         sequence_id : int
             Any unsigned 64-bit integer that is not in use.
+        token_ids : sequence of int, or int32 or int64 array ``[n]``, optional
+            The prompt: values of 32 bits. An int32 buffer is read in place.
+        salt : bytes or str, optional
+            Shares only with sequences of the same salt: a tenant, an adapter, an image's hash. A
+            str stands for its UTF-8 bytes.
+        priority : int
+            0 .. 7: when blocks are needed, cached ones of a lower priority are evicted first.
+
+        Returns
+        -------
+        int
+            Tokens found: a multiple of the block size.
 
         Raises
         ------
         ValueError
-            If the id is in use, out of range, or `max_sequences` are there already.
+            If the id is in use, a number is out of range, or `max_sequences` are there already.
         """
         cdef uint64_t key = as_sequence_id(sequence_id), changes
+        cdef int32_t level = <int32_t> as_int(priority, "priority", 0, RF_NUM_PRIORITIES - 1)
+        cdef cnp.ndarray tokens = None
+        cdef const int32_t *data = NULL
+        cdef int32_t *known = NULL
+        cdef int32_t row, root = ROOT_UNSET, i, g = 0, block
+        cdef int64_t n = 0, found = 0
+        cdef bint failed = False
+        cdef CacheGroup group
+        cdef Sequence *sequence
+        if token_ids is not None:
+            tokens = as_tokens(token_ids, "token_ids")
+            data = <const int32_t *> cnp.PyArray_DATA(tokens)
+            n = cnp.PyArray_SIZE(tokens)
+        if self.max_seq_len is not None and n > self.max_seq_len:
+            raise ValueError(f"token_ids: {n} tokens, max_seq_len is {self.max_seq_len}")
+        salt = salt_key(salt)
         while True:
             changes = self.changes
-            if rf_id_map_find(&self.page_table.map, key) != RF_NO_ROW:
+            if rf_id_map_find(&self.first.page_table.map, key) != RF_NO_ROW:
                 raise ValueError(f"sequence_id: sequence {key} is in the cache already")
+            self.prefixes.sweep_salts()
+            if self.prefix_caching and (n or salt is not None):
+                self.prefixes.require()
+                self.prefixes.reserve_nodes(n // self.block_size)
             self.reserve_sequence()
             if changes == self.changes:  # else another thread took the room meanwhile
                 break
-        self.add_row(key, 0, 0)
+        # From here on no Python code runs, so that nobody changes what was looked at.
+        if self.prefix_caching and (n or salt is not None):
+            root = self.prefixes.root_of(salt, True)
+        if n:
+            known = <int32_t *> rf_alloc(n * sizeof(int32_t))
+            if known == NULL:
+                raise MemoryError(f"no memory for {n} tokens")
+            memcpy(known, data, n * sizeof(int32_t))
+            if root >= 0:
+                found = self.prefixes.match(root, data, (n - 1) // self.block_size)
+        row = self.add_row(key)
+        sequence = &self.sequences[row]
+        sequence.tokens = known
+        sequence.num_known = sequence.capacity = n
+        sequence.root = sequence.chain = root
+        sequence.priority = level
+        if root >= 0:
+            if found:
+                sequence.chain = self.prefixes.nodes[found - 1]
+            sequence.chained = <int32_t> found
+            rf_prefix_index_use(&self.prefixes.index, sequence.chain)
+        if found:
+            for group in self.groups:
+                failed |= group.page_table.reserve_blocks(row, <int32_t> found) != RF_OK
+            if failed:
+                self.drop_row(key, row)
+                raise MemoryError(f"no memory for {found} blocks of the page table")
+            for group in self.groups:
+                for i in range(<int32_t> found):
+                    block = RF_NO_BLOCK
+                    if i >= group.first_needed(found * self.block_size):
+                        block = self.prefixes.block(i, g)
+                        rf_block_pool_hold(&group.allocator.pool, block)
+                    group.page_table.push_blocks(row, &block, 1)
+                group.mark(row, 0)
+                g += 1
+            sequence.length = sequence.committed = found * self.block_size
+        return found * self.block_size
 
     def fork(self, parent, child):
         """Begin a sequence that has all tokens of another and shares all its blocks.
@@ -316,50 +355,164 @@ cdef class KVCacheManager:
             If `child` is in use or out of range, or `max_sequences` are there already.
         """
         cdef uint64_t key = as_sequence_id(child), changes
-        cdef PageTable pages = self.page_table
-        cdef int32_t source, row, bad
+        cdef int32_t source, row, i
+        cdef int32_t *known = NULL
+        cdef bint failed = False
+        cdef CacheGroup group
         cdef BlockList *blocks
-        cdef int32_t *target
+        cdef Sequence *old
+        cdef Sequence *new
         parent = plain_int(parent, "sequence id")
         while True:
             changes = self.changes
             source = self.require(parent)
-            if rf_id_map_find(&pages.map, key) != RF_NO_ROW:
+            if rf_id_map_find(&self.first.page_table.map, key) != RF_NO_ROW:
                 raise ValueError(f"child: sequence {key} is in the cache already")
             self.reserve_sequence()
             if changes == self.changes:  # else another thread took the room meanwhile
                 break
-        row = self.add_row(key, self.sequences[source].length, self.sequences[source].committed)
-        blocks = &pages.lists[source]
-        if pages.reserve_blocks(row, blocks.num) != RF_OK:
-            pages.drop_row(key)
-            raise MemoryError(f"no memory for {blocks.num} blocks of the page table")
-        status = rf_block_pool_ref(&self.allocator.pool, blocks.ids, blocks.num, &bad)
-        if status != RF_OK:
-            pages.drop_row(key)
-            self.allocator.check(status, blocks.ids[bad], blocks.num)
-        pages.push_blocks(row, blocks.ids, blocks.num)
-        if blocks.num:
-            target = <int32_t *> cnp.PyArray_DATA(self.table)
-            memcpy(target + row * cnp.PyArray_DIM(self.table, 1), blocks.ids,
-                   blocks.num * sizeof(int32_t))
+        if self.sequences[source].num_known:
+            known = <int32_t *> rf_alloc(self.sequences[source].num_known * sizeof(int32_t))
+            if known == NULL:
+                raise MemoryError(f"no memory for {self.sequences[source].num_known} tokens")
+        row = self.add_row(key)
+        old = &self.sequences[source]
+        new = &self.sequences[row]
+        new.tokens = known
+        for group in self.groups:
+            failed |= group.page_table.reserve_blocks(
+                row, group.page_table.lists[source].num) != RF_OK
+        if failed:
+            self.drop_row(key, row)
+            raise MemoryError("no memory for the blocks of a page table")
+        if known != NULL:
+            memcpy(known, old.tokens, old.num_known * sizeof(int32_t))
+        new.num_known = new.capacity = old.num_known
+        new.length = old.length
+        new.committed = old.committed
+        new.root = old.root
+        new.chain = old.chain
+        new.chained = old.chained
+        new.priority = old.priority
+        new.started = old.started
+        if new.chain >= 0:
+            rf_prefix_index_use(&self.prefixes.index, new.chain)
+        for group in self.groups:
+            blocks = &group.page_table.lists[source]
+            for i in range(blocks.num):
+                if blocks.ids[i] != RF_NO_BLOCK:
+                    rf_block_pool_hold(&group.allocator.pool, blocks.ids[i])
+            group.page_table.push_blocks(row, blocks.ids, blocks.num)
+            group.mark(row, 0)
 
-    def free(self, sequence_id):
-        """End a sequence and drop its references; blocks that nobody else holds become free.
+    def free(self, sequence_ids):
+        """End sequences and drop their references; all of them, or nothing.
+
+        Their full committed blocks stay cached, until the space is needed, for sequences that
+        begin with the same tokens.
+
+        Parameters
+        ----------
+        sequence_ids : int, or sequence of int, or uint64 or non-negative int64 array
+            Different sequences of the cache.
 
         Raises
         ------
         UnknownSequenceError
-            If the sequence is not in the cache (a double free).
+            If a sequence is not in the cache (a double free).
+        ValueError
+            If a sequence is named twice.
         """
-        cdef uint64_t key = as_sequence_id(sequence_id)
-        cdef int32_t row = self.require(key), bad = 0
-        cdef BlockList *blocks = &self.page_table.lists[row]
-        cdef int status = rf_block_pool_release(
-            &self.allocator.pool, blocks.ids, blocks.num, False, &bad)
-        self.allocator.check(status, blocks.ids[bad] if blocks.num else 0, blocks.num)
-        self.page_table.drop_row(key)
-        self.sequences[row].version = 0
+        cdef cnp.ndarray ids
+        cdef const uint64_t *keys
+        cdef int32_t row
+        cdef Py_ssize_t i, n
+        cdef CacheGroup group
+        if hasattr(sequence_ids, "__len__") and not isinstance(sequence_ids, (str, bytes)):
+            ids = as_int_array(sequence_ids, "sequence_ids", cnp.NPY_UINT64)
+        else:
+            ids = np.array([as_sequence_id(sequence_ids)], np.uint64)
+        keys = <const uint64_t *> cnp.PyArray_DATA(ids)
+        n = cnp.PyArray_SIZE(ids)
+        self.plannings += 1
+        for i in range(n):
+            row = rf_id_map_find(&self.first.page_table.map, keys[i])
+            if row == RF_NO_ROW:
+                raise UnknownSequenceError(f"sequence {keys[i]} is not in the cache")
+            if self.sequences[row].seen == self.plannings:
+                raise ValueError(f"sequence_ids[{i}]: sequence {keys[i]} is named twice")
+            self.sequences[row].seen = self.plannings
+        for i in range(n):
+            row = rf_id_map_find(&self.first.page_table.map, keys[i])
+            for group in self.groups:
+                rf_block_pool_drop(
+                    &group.allocator.pool, group.page_table.lists[row].ids,
+                    group.page_table.lists[row].num, RF_KEEP_CACHED, self.sequences[row].priority)
+            self.drop_row(keys[i], row)
+
+    def truncate(self, sequence_id, length):
+        """Take the tokens of a sequence from `length` on back, as after a rejected speculation.
+
+        The blocks behind are released. What the sequence alone had published of them is withdrawn
+        from the prefix cache, also the block that is now partly filled; a shared one is copied by
+        the next append instead. Batches made before are stale, and the tokens taken back are no
+        longer known.
+
+        Parameters
+        ----------
+        sequence_id : int
+            A sequence of the cache.
+        length : int
+            Tokens to keep, 0 .. ``seq_len(sequence_id)``.
+
+        Raises
+        ------
+        UnknownSequenceError
+            If the sequence is not in the cache.
+        ValueError
+            If `length` is out of range, or so short that a windowed group has released blocks that
+            the next token needs. Of the tokens behind the prefix that `add_sequence` found, the
+            last `block_size` can always be taken back.
+        """
+        length = plain_int(length, "length")
+        cdef int32_t row = self.require(sequence_id), g, i, keep, first, parent
+        cdef Sequence *sequence = &self.sequences[row]
+        cdef int64_t tokens = as_int(length, "length", 0, sequence.length)
+        cdef CacheGroup group
+        cdef BlockList *blocks
+        cdef rf_block *block
+        if tokens == sequence.length:
+            return
+        keep = <int32_t> ((tokens + self.block_size - 1) // self.block_size)
+        for group in self.groups:
+            first = group.first_needed(tokens)
+            if first < keep and group.page_table.lists[row].ids[first] == RF_NO_BLOCK:
+                raise ValueError(f"length: at {tokens} tokens a window of {group.window} needs "
+                                 f"blocks that were released")
+        g = 0
+        for group in self.groups:
+            blocks = &group.page_table.lists[row]
+            first = keep - 1 if tokens % self.block_size else keep
+            for i in range(first, blocks.num):
+                if blocks.ids[i] != RF_NO_BLOCK:
+                    block = &group.allocator.pool.blocks[blocks.ids[i]]
+                    if block.ref_count == 1 and block.flags & RF_BLOCK_CACHED:
+                        self.prefixes.unlink_block(g, blocks.ids[i])
+            rf_block_pool_drop(&group.allocator.pool, blocks.ids + keep, blocks.num - keep,
+                               RF_KEEP_CACHED, sequence.priority)
+            blocks.num = keep
+            g += 1
+        while sequence.chain >= 0 and sequence.chained > tokens // self.block_size:
+            parent = self.prefixes.index.nodes[sequence.chain].parent
+            rf_prefix_index_use(&self.prefixes.index, parent)
+            rf_prefix_index_unuse(&self.prefixes.index, sequence.chain)
+            sequence.chain = parent
+            sequence.chained -= 1
+        sequence.length = tokens
+        sequence.committed = min(sequence.committed, tokens)
+        sequence.num_known = min(sequence.num_known, tokens)
+        self.versions += 1
+        sequence.version = self.versions
         self.changes += 1
 
     def seq_len(self, sequence_id):
@@ -382,10 +535,184 @@ cdef class KVCacheManager:
         """
         return self.sequences[self.require(sequence_id)].committed
 
+    # ---- the prefix cache ----
+
+    def match_prefix(self, token_ids, salt=None):
+        """Tokens that `add_sequence` with these arguments would find; changes nothing.
+
+        Parameters
+        ----------
+        token_ids : sequence of int, or int32 or int64 array ``[n]``
+            A prompt.
+        salt : bytes or str, optional
+            As in `add_sequence`.
+
+        Returns
+        -------
+        int
+            A multiple of the block size, below ``n``.
+        """
+        cdef cnp.ndarray tokens = as_tokens(token_ids, "token_ids")
+        cdef int64_t n = cnp.PyArray_SIZE(tokens)
+        cdef int32_t root = self.prefixes.root_of(salt_key(salt), False)
+        if root < 0 or n == 0:
+            return 0
+        self.prefixes.reserve_nodes(n // self.block_size)
+        return self.block_size * self.prefixes.match(
+            root, <const int32_t *> cnp.PyArray_DATA(tokens), (n - 1) // self.block_size)
+
+    def pin(self, token_ids, salt=None):
+        """Hold the cached blocks of a prefix, so that they are not evicted.
+
+        Pins add up: each needs an `unpin`.
+
+        Parameters
+        ----------
+        token_ids : sequence of int, or int32 or int64 array ``[n]``
+            The prefix; whole blocks of it count, also the last.
+        salt : bytes or str, optional
+            As in `add_sequence`.
+
+        Returns
+        -------
+        int
+            Tokens pinned: as many as are cached, a multiple of the block size.
+
+        Raises
+        ------
+        ValueError
+            If more than `max_pinned_blocks` would be pinned.
+        """
+        cdef cnp.ndarray tokens = as_tokens(token_ids, "token_ids")
+        cdef int64_t n = cnp.PyArray_SIZE(tokens), found, i, pinned = 0, added = 0
+        cdef int32_t root = self.prefixes.root_of(salt_key(salt), False), g = 0, block
+        cdef CacheGroup group
+        if root < 0 or n == 0:
+            return 0
+        self.prefixes.reserve_nodes(n // self.block_size)
+        found = self.prefixes.match(
+            root, <const int32_t *> cnp.PyArray_DATA(tokens), n // self.block_size)
+        for group in self.groups:
+            pinned += group.allocator.pool.num_pinned
+            for i in range(group.first_needed(found * self.block_size), found):
+                block = self.prefixes.block(i, g)
+                added += group.allocator.pool.blocks[block].pins == 0
+                if group.allocator.pool.blocks[block].pins == 65535:
+                    raise ValueError(f"token_ids: block {i} is pinned 65535 times already")
+            g += 1
+        if pinned + added > self.max_pinned_blocks:
+            raise ValueError(f"max_pinned_blocks: {pinned} blocks are pinned and {added} would be "
+                             f"added, the limit is {self.max_pinned_blocks}")
+        g = 0
+        for group in self.groups:
+            for i in range(group.first_needed(found * self.block_size), found):
+                rf_block_pool_pin(&group.allocator.pool, self.prefixes.block(i, g))
+            g += 1
+        self.changes += 1
+        return found * self.block_size
+
+    def unpin(self, token_ids, salt=None):
+        """Take one pin of a prefix off; its blocks stay cached until they are evicted.
+
+        Returns
+        -------
+        int
+            Tokens whose blocks lost a pin.
+
+        Raises
+        ------
+        ValueError
+            If no block of the prefix is pinned.
+        """
+        cdef cnp.ndarray tokens = as_tokens(token_ids, "token_ids")
+        cdef int64_t n = cnp.PyArray_SIZE(tokens), count = 0
+        cdef int32_t root = self.prefixes.root_of(salt_key(salt), False), g, i, walked = 0, block
+        cdef bint lost
+        cdef CacheGroup group
+        if root >= 0:
+            self.prefixes.reserve_nodes(n // self.block_size)
+            walked = rf_prefix_index_walk(
+                &self.prefixes.index, root, <const int32_t *> cnp.PyArray_DATA(tokens),
+                <int32_t> (n // self.block_size), self.prefixes.nodes)
+        for i in range(walked - 1, -1, -1):  # the tail is older, as in `free`
+            lost = False
+            g = 0
+            for group in self.groups:
+                block = self.prefixes.block(i, g)
+                if block != RF_NO_BLOCK and group.allocator.pool.blocks[block].pins:
+                    rf_block_pool_unpin(&group.allocator.pool, block)
+                    lost = True
+                g += 1
+            count += lost
+        if count == 0:
+            raise ValueError("token_ids: no block of this prefix is pinned")
+        self.changes += 1
+        return count * self.block_size
+
+    def reset_prefix_cache(self):
+        """Forget all cached contents, as after a change of the model's weights.
+
+        Blocks that nobody holds become free, and pins are taken off. Running sequences go on, but
+        publish nothing any more: their keys and values are of the time before.
+
+        Returns
+        -------
+        int
+            Blocks that were cached.
+        """
+        cdef int32_t row
+        for row in range(self.first.page_table.map.num_rows):
+            if self.sequences[row].length:
+                if self.sequences[row].chain >= 0:
+                    rf_prefix_index_unuse(&self.prefixes.index, self.sequences[row].chain)
+                self.sequences[row].root = self.sequences[row].chain = RF_NO_NODE
+                self.sequences[row].chained = 0
+        self.changes += 1
+        return self.prefixes.forget_all()
+
+    cdef void publish(self, int32_t row) noexcept:
+        """Put the full, known and committed blocks of a sequence into the prefix index.
+
+        Where another block holds the same content already, that one stays.
+        """
+        cdef Sequence *sequence = &self.sequences[row]
+        cdef int64_t full = min(sequence.committed, sequence.num_known) // self.block_size
+        cdef int32_t node, g, block
+        cdef CacheGroup group
+        if sequence.chain < 0:
+            return
+        while sequence.chained < full:
+            node = rf_prefix_index_step(
+                &self.prefixes.index, sequence.chain,
+                sequence.tokens + <int64_t> sequence.chained * self.block_size)
+            if node == RF_NO_NODE:
+                return
+            g = 0
+            for group in self.groups:
+                block = group.page_table.lists[row].ids[sequence.chained]
+                if (block != RF_NO_BLOCK
+                        and rf_prefix_index_block(&self.prefixes.index, node, g) == RF_NO_BLOCK
+                        and rf_prefix_index_node(&self.prefixes.index, g, block) == RF_NO_NODE):
+                    rf_prefix_index_attach(&self.prefixes.index, node, g, block)
+                    group.allocator.pool.blocks[block].flags |= RF_BLOCK_CACHED
+                g += 1
+            sequence.chain = node
+            sequence.chained += 1
+
+    def _constant_hash(self):
+        """Give all contents one hash, before any is stored: for tests, every result stays right."""
+        self.prefixes.require()
+        if self.prefixes.index.num_nodes > 1:
+            raise ValueError("the prefix index is in use")
+        self.prefixes.index.hash_mask = 0
+
     # ---- steps ----
 
-    def append(self, sequence_ids, num_tokens):
+    def append(self, sequence_ids, num_tokens, token_ids=None, *, out=None):
         """Reserve the slots of the next tokens of some sequences: all of them, or nothing.
+
+        Known tokens that were not computed yet come first. The slots may be more than will be
+        filled (look-ahead): `truncate` takes the rest back.
 
         Parameters
         ----------
@@ -393,169 +720,307 @@ cdef class KVCacheManager:
             Different sequences of the cache.
         num_tokens : int, or sequence of int ``[num_seqs]``
             New tokens of every, or of each, sequence; from 1 up.
+        token_ids : sequence of int, or int32 or int64 array ``[num_tokens]``, optional
+            The tokens whose keys and values this batch writes, flat and in the batch's order.
+            Only blocks whose tokens are known can be shared by others.
+        out : Batch, optional
+            A batch of this cache that is no longer needed: its arrays are used again where their
+            sizes fit. Also after an error its former contents are gone.
 
         Returns
         -------
         Batch
-            Slots, lengths, block table and pending copies.
+            Slots, lengths, block tables and pending copies.
 
         Raises
         ------
         UnknownSequenceError
             If a sequence is not in the cache.
         OutOfBlocksError
-            If the batch as a whole needs more blocks than are free.
+            If the batch as a whole needs more blocks than there are, or would take the reserve
+            (`watermark`) for a sequence that was in no batch yet.
         ValueError
-            If a sequence is named twice, a number is out of range, or a sequence would pass
-            `max_seq_len`.
+            If a sequence is named twice, a number is out of range, a sequence would pass
+            `max_seq_len`, or `token_ids` differ from tokens that are known.
         """
-        cdef Batch batch = new_batch(self, sequence_ids, num_tokens)
-        cdef int32_t num_copies
-        cdef int64_t columns
-        cdef uint64_t changes
+        cdef Batch batch
+        cdef BatchGroup part
+        cdef CacheGroup group
+        cdef cnp.ndarray tokens = None
+        cdef const int32_t *data = NULL
+        cdef int64_t columns, needed, copies, delta
+        cdef uint64_t changes, plannings
+        cdef int32_t g
+        cdef cnp.npy_intp[2] shape
+        if out is None:
+            batch = new_batch()
+        elif isinstance(out, Batch):
+            batch = <Batch> out
+            if (batch.groups is not None
+                    and (<BatchGroup> batch.groups[0]).group is not self.first):
+                raise ValueError("out: it was made by another cache")
+        else:
+            raise TypeError(f"out: expected a Batch, got {type(out).__name__}")
+        batch.read_sequences(sequence_ids)
+        batch.read_counts(num_tokens)
+        if token_ids is not None:
+            tokens = as_tokens(token_ids, "token_ids")
+            if cnp.PyArray_SIZE(tokens) != batch.num_tokens:
+                raise ValueError(
+                    f"token_ids: expected {batch.num_tokens} as in num_tokens, got {tokens.size}")
+            data = <const int32_t *> cnp.PyArray_DATA(tokens)
+            if self.prefix_caching:
+                self.prefixes.require()
+        batch.make_room(self.groups)
         while True:
             changes = self.changes
-            columns = self.plan(batch, &num_copies)
-            self.grow_table(0, columns)
-            make_arrays(batch, num_copies)
-            # Creating objects may run the garbage collector and with it anybody's code. From here
-            # on nothing does, and nothing can fail.
-            if changes == self.changes:
+            columns = self.plan(batch, data)
+            plannings = self.plannings
+            for g in range(len(self.groups)):
+                self.plan_group(batch, g, &needed, &copies, &delta)
+                group = self.groups[g]
+                part = batch.groups[g]
+                if copies:
+                    shape[0] = copies
+                    shape[1] = 2
+                    part.copies = cnp.PyArray_SimpleNew(2, shape, cnp.NPY_INT32)
+                if delta:
+                    shape[0] = delta
+                    shape[1] = 3
+                    part.table_delta = cnp.PyArray_SimpleNew(2, shape, cnp.NPY_INT32)
+                group.grow_table(0, columns)
+            # Making objects may run the garbage collector and with it anybody's code. From here on
+            # nothing does, and nothing can fail.
+            if changes == self.changes and plannings == self.plannings:
                 break
-        self.apply(batch)
+        self.apply(batch, data)
         return batch
 
-    cdef int64_t plan(self, Batch batch, int32_t *num_copies) except -1:
-        """Fill in the batch's items and check that all of them can be had; changes no state.
+    def can_append(self, sequence_ids, num_tokens):
+        """Whether `append` with these arguments would find all blocks that it needs.
 
-        Returns the columns that the block table needs.
+        Raises
+        ------
+        UnknownSequenceError, ValueError
+            As `append`, for what is wrong with the arguments.
         """
-        cdef rf_block_pool *pool = &self.allocator.pool
-        cdef PageTable pages = self.page_table
+        cdef Batch batch = new_batch()
+        cdef int64_t needed, copies, delta
+        cdef int32_t g
+        batch.read_sequences(sequence_ids)
+        batch.read_counts(num_tokens)
+        self.plan(batch, NULL)
+        try:
+            for g in range(len(self.groups)):
+                self.plan_group(batch, g, &needed, &copies, &delta)
+        except OutOfBlocksError:
+            return False
+        return True
+
+    cdef int learn(self, Sequence *sequence, const int32_t *tokens, int64_t n) except -1:
+        """Check a batch's tokens of a sequence against those known, and make room for the rest."""
+        cdef int64_t start = sequence.length, capacity
+        cdef int64_t again = min(sequence.num_known - start, n)
+        cdef int32_t *grown
+        if again > 0 and memcmp(sequence.tokens + start, tokens, again * sizeof(int32_t)):
+            raise ValueError(f"token_ids: they differ from tokens that are known, among the "
+                             f"{again} from position {start} on")
+        if sequence.num_known >= start and start + n > sequence.capacity:
+            capacity = max(start + n, sequence.capacity + sequence.capacity // 2, 16)
+            grown = <int32_t *> rf_realloc(sequence.tokens, capacity * sizeof(int32_t))
+            if grown == NULL:
+                raise MemoryError(f"no memory for {capacity} tokens")
+            sequence.tokens = grown
+            sequence.capacity = capacity
+        return 0
+
+    cdef int64_t plan(self, Batch batch, const int32_t *tokens) except -1:
+        """Fill in the batch's items and check the sequences; changes no state.
+
+        Returns the blocks of the longest sequence.
+        """
         cdef const uint64_t *ids = <const uint64_t *> cnp.PyArray_DATA(batch.sequence_ids)
         cdef int64_t limit = INT32_MAX if self.max_seq_len is None else self.max_seq_len
-        cdef int64_t length, needed = 0, columns = 0, blocks, block_size = pages.block_size
-        cdef int32_t i, j, row, last, planned = 0
-        cdef str problem = None
+        cdef int64_t length, longest = 0
+        cdef int32_t i, row
         cdef Item *item
         cdef Sequence *sequence
-        num_copies[0] = 0
         self.plannings += 1
         for i in range(batch.num_sequences):
             item = &batch.items[i]
-            row = rf_id_map_find(&pages.map, ids[i])
+            row = rf_id_map_find(&self.first.page_table.map, ids[i])
             if row == RF_NO_ROW:
-                problem = "unknown"
-                break
+                raise UnknownSequenceError(
+                    f"sequence_ids[{i}]: sequence {ids[i]} is not in the cache")
             sequence = &self.sequences[row]
             if sequence.seen == self.plannings:
-                problem = "twice"
-                break
+                raise ValueError(f"sequence_ids[{i}]: sequence {ids[i]} is named twice")
             sequence.seen = self.plannings
             length = sequence.length + item.num_tokens
             if length > limit:
-                problem = "long"
-                break
-            blocks = (length + block_size - 1) // block_size
+                raise ValueError(f"num_tokens: sequence {ids[i]} would have {length} tokens, "
+                                 f"max_seq_len is {limit}")
             item.row = row
             item.start = sequence.length
             item.version = sequence.version
-            item.new_blocks = <int32_t> (blocks - pages.lists[row].num)
-            item.copies = False
-            if pages.reserve_blocks(row, item.new_blocks) != RF_OK:
-                problem = "memory"
-                break
-            if sequence.length % block_size:
-                last = pages.lists[row].ids[sequence.length // block_size]
+            longest = max(longest, length)
+            if tokens != NULL:
+                self.learn(sequence, tokens, item.num_tokens)
+                tokens += item.num_tokens
+        return (longest + self.block_size - 1) // self.block_size
+
+    cdef int plan_group(self, Batch batch, int32_t g, int64_t *needed, int64_t *copies,
+                        int64_t *delta) except -1:
+        """Count the blocks, copies and table entries that the batch takes of a group.
+
+        Makes room in the page table, changes no state, and raises where blocks are too few.
+        """
+        cdef CacheGroup group = self.groups[g]
+        cdef rf_block_pool *pool = &group.allocator.pool
+        cdef int64_t reserve = 0, available, block_size = self.block_size, first, shown
+        cdef int64_t end, reserved
+        cdef int32_t i, last, new_blocks
+        cdef bint copied, failed = False
+        cdef Item *item
+        cdef BlockList *blocks
+        needed[0] = copies[0] = 0
+        delta[0] = group.num_changes()
+        for i in range(batch.num_sequences):
+            item = &batch.items[i]
+            blocks = &group.page_table.lists[item.row]
+            end = item.start + item.num_tokens
+            reserved = blocks.num * block_size  # a sequence has no block too many
+            new_blocks = 0
+            if end > reserved:
+                new_blocks = <int32_t> ((end - reserved + block_size - 1) // block_size)
+            copied = False
+            if item.start < reserved:
+                last = blocks.ids[blocks.num - 1]
                 if pool.blocks[last].ref_count > 1:
                     # Its own copy leaves one holder less for the sequences that follow in this
-                    # batch: the last of them may write in place.
+                    # batch: the last of them may write in place. Taken back below.
                     pool.blocks[last].ref_count -= 1
-                    item.copies = True
-                    num_copies[0] += 1
-            planned = i + 1
-            needed += item.new_blocks + item.copies
-            columns = max(columns, blocks)
-        for j in range(planned):
-            if batch.items[j].copies:
-                row = batch.items[j].row
-                last = pages.lists[row].ids[batch.items[j].start // block_size]
-                pool.blocks[last].ref_count += 1
-        # Raised only now that the counts are right again: to make an exception may run the garbage
-        # collector, and a finalizer that frees its sequence.
-        if problem is not None:
-            where = f"sequence_ids[{i}]: sequence {ids[i]}"
-            if problem == "unknown":
-                raise UnknownSequenceError(f"{where} is not in the cache")
-            if problem == "twice":
-                raise ValueError(f"{where} is named twice")
-            if problem == "long":
-                raise ValueError(f"num_tokens: sequence {ids[i]} would have {length} tokens, "
-                                 f"max_seq_len is {limit}")
-            raise MemoryError(f"no memory for {item.new_blocks} blocks of the page table")
-        if needed > rf_block_pool_num_available(pool):
-            raise OutOfBlocksError(needed, rf_block_pool_num_available(pool))
-        return columns
+                    copied = True
+                    copies[0] += 1
+            item.copied = copied
+            if copied or new_blocks:
+                first = blocks.num - copied
+                shown = min(<int64_t> group.changed[item.row], blocks.num)
+                delta[0] += (max(0, shown - first) + new_blocks) * group.ratio
+                needed[0] += new_blocks + copied
+                failed |= group.page_table.reserve_blocks(item.row, new_blocks) != RF_OK
+            if not self.sequences[item.row].started:
+                reserve = self.watermark
+        if copies[0]:
+            for i in range(batch.num_sequences):
+                item = &batch.items[i]
+                if item.copied:
+                    blocks = &group.page_table.lists[item.row]
+                    pool.blocks[blocks.ids[blocks.num - 1]].ref_count += 1
+            copies[0] *= group.ratio
+        if failed:
+            raise MemoryError(f"no memory for {needed[0]} blocks of the page table")
+        available = rf_block_pool_num_available(pool)
+        if needed[0] and needed[0] > available - reserve:
+            raise OutOfBlocksError(needed[0], max(0, available - reserve))
+        return 0
 
-    cdef void apply(self, Batch batch) noexcept:
-        """Carry out what `plan` found possible, and fill in the batch's arrays."""
-        cdef rf_block_pool *pool = &self.allocator.pool
-        cdef PageTable pages = self.page_table
+    cdef void apply(self, Batch batch, const int32_t *tokens) noexcept:
+        """Carry out what the planning found possible, and fill in the batch's arrays."""
         cdef int32_t *rows = <int32_t *> cnp.PyArray_DATA(batch.rows)
         cdef int32_t *seq_lens = <int32_t *> cnp.PyArray_DATA(batch.seq_lens)
         cdef int32_t *cu_seqlens_q = <int32_t *> cnp.PyArray_DATA(batch.cu_seqlens_q)
         cdef int64_t *positions = <int64_t *> cnp.PyArray_DATA(batch.positions)
-        cdef int64_t *slots = <int64_t *> cnp.PyArray_DATA(batch.slot_mapping)
-        cdef int32_t *copies = <int32_t *> cnp.PyArray_DATA(batch.copies)
-        cdef int32_t *table = <int32_t *> cnp.PyArray_DATA(self.table)
-        cdef int64_t columns = cnp.PyArray_DIM(self.table, 1)
-        cdef int64_t block_size = pages.block_size, position, end, stop, slot, index
-        cdef int32_t i, bad, source, token = 0
+        cdef int64_t end, known, k
+        cdef int32_t i, g, token = 0, max_seqlen_q = 0, max_seq_len = 0
         cdef Item *item
-        cdef BlockList *blocks
-        batch.max_seqlen_q = batch.max_seq_len = 0
+        cdef Sequence *sequence
+        self.batches += 1
+        for g in range(len(self.groups)):
+            self.apply_group(batch, g)
         for i in range(batch.num_sequences):
             item = &batch.items[i]
-            blocks = &pages.lists[item.row]
-            if item.copies:
-                index = item.start // block_size
-                source = blocks.ids[index]
-                rf_block_pool_allocate(pool, 1, &blocks.ids[index])
-                rf_block_pool_release(pool, &source, 1, False, &bad)
-                table[item.row * columns + index] = blocks.ids[index]
-                copies[0] = source
-                copies[1] = blocks.ids[index]
-                copies += 2
-                if self.sequences[item.row].committed < item.start:
-                    # Earlier batches that are not written yet point into the block just left.
-                    self.versions += 1
-                    self.sequences[item.row].version = item.version = self.versions
-            if item.new_blocks:
-                rf_block_pool_allocate(pool, item.new_blocks, blocks.ids + blocks.num)
-                memcpy(table + item.row * columns + blocks.num, blocks.ids + blocks.num,
-                       item.new_blocks * sizeof(int32_t))
-                blocks.num += item.new_blocks
+            sequence = &self.sequences[item.row]
+            end = item.start + item.num_tokens
+            if tokens != NULL:
+                if sequence.root == ROOT_UNSET and self.prefixes.is_ready:
+                    sequence.root = sequence.chain = self.prefixes.unsalted
+                    rf_prefix_index_use(&self.prefixes.index, sequence.chain)
+                known = sequence.num_known
+                if item.start <= known < end:
+                    memcpy(sequence.tokens + known, tokens + (known - item.start),
+                           (end - known) * sizeof(int32_t))
+                    sequence.num_known = end
+                tokens += item.num_tokens
             rows[i] = item.row
             cu_seqlens_q[i] = token
-            position = item.start
-            end = item.start + item.num_tokens
-            while position < end:  # a block at a time: consecutive positions are consecutive slots
-                index = position // block_size
-                slot = blocks.ids[index] * block_size + position - index * block_size
-                stop = min(end, (index + 1) * block_size)
-                while position < stop:
-                    positions[token] = position
-                    slots[token] = slot
-                    token += 1
-                    position += 1
-                    slot += 1
+            for k in range(item.num_tokens):
+                positions[k] = item.start + k
+            positions += item.num_tokens
+            token += item.num_tokens
             seq_lens[i] = <int32_t> end
-            self.sequences[item.row].length = end
-            batch.max_seqlen_q = max(batch.max_seqlen_q, item.num_tokens)
-            batch.max_seq_len = max(batch.max_seq_len, <int> end)
+            sequence.length = end
+            sequence.started = True
+            max_seqlen_q = max(max_seqlen_q, item.num_tokens)
+            max_seq_len = max(max_seq_len, <int32_t> end)
         cu_seqlens_q[batch.num_sequences] = token
-        batch.block_table = self.table
+        batch.max_seqlen_q = max_seqlen_q
+        batch.max_seq_len = max_seq_len
+        batch.manager = self
         self.changes += 1
+
+    cdef void apply_group(self, Batch batch, int32_t g) noexcept:
+        """Take the blocks of a group, and fill in its part of the batch."""
+        cdef CacheGroup group = self.groups[g]
+        cdef BatchGroup part = batch.groups[g]
+        cdef rf_block_pool *pool = &group.allocator.pool
+        cdef int64_t *slots = <int64_t *> cnp.PyArray_DATA(part.slot_mapping)
+        cdef int32_t *copies = <int32_t *> cnp.PyArray_DATA(part.copies)
+        cdef int64_t block_size = self.block_size, position, end, slot, index, n, k
+        cdef int32_t i, source, new_blocks
+        cdef Item *item
+        cdef BlockList *blocks
+        for i in range(batch.num_sequences):
+            item = &batch.items[i]
+            blocks = &group.page_table.lists[item.row]
+            position = item.start
+            end = position + item.num_tokens
+            index = blocks.num
+            if position < index * block_size:  # behind the tokens of its last block
+                index -= 1
+                source = blocks.ids[index]
+                if pool.blocks[source].ref_count > 1:
+                    self.prefixes.take(g, 1, &blocks.ids[index])
+                    rf_block_pool_drop(pool, &source, 1, RF_KEEP_CACHED, 0)
+                    group.mark(item.row, <int32_t> index)
+                    for k in range(group.ratio):
+                        copies[0] = <int32_t> (source * group.ratio + k)
+                        copies[1] = <int32_t> (blocks.ids[index] * group.ratio + k)
+                        copies += 2
+                    if self.sequences[item.row].committed < position:
+                        # Batches that are not written yet point into the block just left.
+                        self.versions += 1
+                        self.sequences[item.row].version = item.version = self.versions
+                elif pool.blocks[source].flags & RF_BLOCK_CACHED:
+                    # The others who had it are gone: what follows overwrites what it was known for.
+                    self.prefixes.unlink_block(g, source)
+            if end > blocks.num * block_size:
+                new_blocks = <int32_t> ((end - blocks.num * block_size + block_size - 1)
+                                        // block_size)
+                self.prefixes.take(g, new_blocks, blocks.ids + blocks.num)
+                group.mark(item.row, blocks.num)
+                blocks.num += new_blocks
+            while position < end:  # a block at a time: consecutive positions are consecutive slots
+                slot = (blocks.ids[index] - index) * block_size + position
+                index += 1
+                n = min(end, index * block_size) - position
+                for k in range(n):
+                    slots[k] = slot + k
+                slots += n
+                position += n
+        group.show_changes(<int32_t *> cnp.PyArray_DATA(part.table_delta))
+        group.newest = part.serial = self.batches
+        part.block_table = group.table
 
     cdef int check_batch(self, object batch) except -1:
         """Refuse a batch that is not of this cache, or whose slots are no longer its sequences'."""
@@ -565,11 +1030,11 @@ cdef class KVCacheManager:
             raise TypeError(f"batch: expected a Batch, got {type(batch).__name__}")
         b = <Batch> batch
         if b.manager is not self:
-            raise ValueError("batch: it was made by another cache")
+            raise ValueError("batch: it was made by another cache, or given back and never filled")
         for i in range(b.num_sequences):
             if self.sequences[b.items[i].row].version != b.items[i].version:
-                raise ValueError(f"batch: stale, sequence {b.sequence_ids[i]} was freed since, or "
-                                 "left a shared block that the batch writes to")
+                raise ValueError(f"batch: stale, sequence {b.sequence_ids[i]} was freed or "
+                                 "truncated since, or left a shared block that the batch writes to")
         return 0
 
     cdef int32_t first_gap(self, Batch batch) noexcept:
@@ -583,7 +1048,9 @@ cdef class KVCacheManager:
     def commit(self, batch):
         """Say that the keys and values of a batch are written, in all layers.
 
-        Batches of a sequence are committed in the order in which they were made.
+        From then on others find the blocks that it filled, and windowed groups release those that
+        their windows have passed. Batches of a sequence are committed in the order in which they
+        were made.
 
         Parameters
         ----------
@@ -593,12 +1060,14 @@ cdef class KVCacheManager:
         Raises
         ------
         ValueError
-            If the batch is of another cache, was committed already, a sequence of it was freed, or
-            tokens before it were never committed.
+            If the batch is of another cache or was committed already, if a sequence of it was
+            freed or truncated since, or if tokens before it were never committed.
         """
         cdef Batch b
+        cdef int64_t block_size = self.block_size
         cdef int32_t i
         cdef Item *item
+        cdef Sequence *sequence
         self.check_batch(batch)
         b = <Batch> batch
         if b.committed:
@@ -608,12 +1077,39 @@ cdef class KVCacheManager:
             item = &b.items[i]
             raise ValueError(
                 f"batch: it begins at token {item.start} of sequence {b.sequence_ids[i]}, of which "
-                f"{self.sequences[item.row].committed} are committed: commit in order")
+                f"{self.sequences[item.row].committed} are committed: commit in order, or truncate")
         for i in range(b.num_sequences):
             item = &b.items[i]
-            self.sequences[item.row].committed = item.start + item.num_tokens
+            sequence = &self.sequences[item.row]
+            sequence.committed = item.start + item.num_tokens
+            if ((sequence.chained + 1) * block_size <= sequence.committed
+                    and sequence.chain >= 0):
+                self.publish(item.row)
+            if self.has_windows:
+                self.release_window(item.row)
         b.committed = True
         self.changes += 1
+
+    cdef void release_window(self, int32_t row) noexcept:
+        """Give back the blocks that the windows have passed, but for one block's worth of tokens
+        that a truncate may take back."""
+        cdef int64_t length = self.sequences[row].committed - self.block_size
+        cdef int32_t first, last
+        cdef CacheGroup group
+        cdef BlockList *blocks
+        for group in self.groups:
+            blocks = &group.page_table.lists[row]
+            last = first = group.first_needed(length)
+            while first > 0 and blocks.ids[first - 1] != RF_NO_BLOCK:
+                first -= 1
+            if first == last:
+                continue
+            rf_block_pool_drop(&group.allocator.pool, blocks.ids + first, last - first,
+                               RF_KEEP_CACHED, self.sequences[row].priority)
+            while first < last:
+                blocks.ids[first] = RF_NO_BLOCK
+                group.hide(row, first, first + 1)
+                first += 1
 
     # ---- for KVCache, which is written in Python ----
 
@@ -640,60 +1136,119 @@ cdef class KVCacheManager:
 
     def stats(self):
         """Counts of blocks, sequences and tokens, as `CacheStats`. O(num_blocks)."""
-        cdef rf_block_pool *pool = &self.allocator.pool
         cdef int32_t row, block
-        cdef int64_t shared = 0, references = 0, tokens = 0
-        for block in range(pool.num_blocks):
-            shared += pool.blocks[block].ref_count > 1
-        for row in range(self.page_table.map.num_rows):
-            references += self.page_table.lists[row].num
-        for _, row in self.page_table._items():
+        cdef int64_t total = 0, used = 0, available = 0, cached = 0, pinned = 0
+        cdef int64_t shared = 0, references = 0, tokens = 0, slots = 0
+        cdef rf_block_pool *pool
+        cdef CacheGroup group
+        for group in self.groups:
+            pool = &group.allocator.pool
+            total += pool.num_blocks
+            used += pool.num_blocks - rf_block_pool_num_available(pool)
+            available += rf_block_pool_num_available(pool)
+            cached += pool.num_kept
+            pinned += pool.num_pinned
+            for block in range(pool.num_blocks):
+                shared += pool.blocks[block].ref_count > 1
+                references += pool.blocks[block].ref_count - pool.blocks[block].pins
+        for row in range(self.first.page_table.map.num_rows):
             tokens += self.sequences[row].length
+            slots += (self.sequences[row].length + self.block_size - 1) // self.block_size
         return CacheStats(
-            block_size=self.page_table.block_size, num_blocks=pool.num_blocks,
-            used_blocks=pool.num_blocks - rf_block_pool_num_free(pool) - pool.num_kept,
-            free_blocks=rf_block_pool_num_available(pool), shared_blocks=shared,
-            references=references, num_sequences=self.page_table.map.num_ids, num_tokens=tokens)
+            block_size=self.block_size, num_blocks=total, used_blocks=used, free_blocks=available,
+            cached_blocks=cached, pinned_blocks=pinned, shared_blocks=shared,
+            references=references, num_sequences=self.first.page_table.map.num_ids,
+            num_tokens=tokens, num_slots=slots * self.block_size)
 
     def check_integrity(self):
-        """Prove that page table, block pool, lengths and block table agree.
+        """Prove that page tables, block pools, block tables and the prefix index agree.
 
         Raises
         ------
         AssertionError
             With a sentence, if they do not.
         """
-        cdef PageTable pages = self.page_table
-        cdef int32_t row, i
+        cdef CacheGroup group
         cdef BlockList *blocks
         cdef Sequence *sequence
-        cdef int32_t *table = <int32_t *> cnp.PyArray_DATA(self.table)
-        pages.check_integrity()
-        self.allocator.check_integrity()
-        holders = np.zeros(self.num_blocks, np.int32)
-        for sequence_id, row in pages._items():
-            blocks = &pages.lists[row]
+        cdef int32_t *table
+        cdef int32_t row, i, g = 0, block, node
+        cdef int32_t[MAX_GROUPS] sizes
+        cdef const char *reason
+        cdef rf_block *b
+        expected = list(self.first.page_table._items())
+        uses = {}
+        for group in self.groups:
+            group.page_table.check_integrity()
+            group.allocator.check_integrity()
+            sizes[g] = group.allocator.pool.num_blocks
+            if group.page_table._items() != expected:
+                raise AssertionError(f"group {g} has other sequences or rows than the first")
+            holders = np.zeros(sizes[g], np.int32)
+            table = <int32_t *> cnp.PyArray_DATA(group.table)
+            for sequence_id, row in expected:
+                blocks = &group.page_table.lists[row]
+                sequence = &self.sequences[row]
+                if blocks.num != (sequence.length + self.block_size - 1) // self.block_size:
+                    raise AssertionError(f"sequence {sequence_id}: {sequence.length} tokens in "
+                                         f"{blocks.num} blocks")
+                for i in range(blocks.num):
+                    block = blocks.ids[i]
+                    if block != RF_NO_BLOCK:
+                        holders[block] += 1
+                    elif i >= group.first_needed(sequence.committed):
+                        raise AssertionError(f"sequence {sequence_id}: block {i} is missing")
+                    if i < group.changed[row] and table[
+                            row * cnp.PyArray_DIM(group.table, 1) + i * group.ratio] != (
+                                block * group.ratio if block != RF_NO_BLOCK else -1):
+                        raise AssertionError(
+                            f"sequence {sequence_id}: the block table differs at {i}")
+            for block in range(sizes[g]):
+                b = &group.allocator.pool.blocks[block]
+                if b.ref_count != holders[block] + b.pins:
+                    raise AssertionError(f"block {block}: {holders[block]} holders and {b.pins} "
+                                         f"pins, reference count {b.ref_count}")
+                node = RF_NO_NODE
+                if self.prefixes.is_ready:
+                    node = rf_prefix_index_node(&self.prefixes.index, g, block)
+                    if node != RF_NO_NODE:
+                        uses[node] = uses.get(node, 0) + 1
+                if (node != RF_NO_NODE) != (b.flags & RF_BLOCK_CACHED != 0):
+                    raise AssertionError(f"block {block}: its flag and the prefix index disagree")
+                if b.flags & RF_BLOCK_KEPT and node == RF_NO_NODE:
+                    raise AssertionError(f"block {block} is kept for nothing")
+            g += 1
+        for sequence_id, row in expected:
             sequence = &self.sequences[row]
-            if blocks.num != -(-sequence.length // pages.block_size):
-                raise AssertionError(f"sequence {sequence_id}: {sequence.length} tokens in "
-                                     f"{blocks.num} blocks")
             if not 0 <= sequence.committed <= sequence.length:
                 raise AssertionError(f"sequence {sequence_id}: {sequence.committed} committed of "
                                      f"{sequence.length} tokens")
-            for i in range(blocks.num):
-                holders[blocks.ids[i]] += 1
-                if table[row * cnp.PyArray_DIM(self.table, 1) + i] != blocks.ids[i]:
-                    raise AssertionError(f"sequence {sequence_id}: the block table differs at {i}")
-        for i in range(self.num_blocks):
-            if self.allocator.pool.blocks[i].ref_count != holders[i]:
-                raise AssertionError(f"block {i}: {holders[i]} holders, reference count "
-                                     f"{self.allocator.pool.blocks[i].ref_count}")
+            if sequence.num_known > sequence.capacity:
+                raise AssertionError(f"sequence {sequence_id}: more tokens known than stored")
+            if sequence.chained * <int64_t> self.block_size > sequence.committed:
+                raise AssertionError(f"sequence {sequence_id}: published before committed")
+            if sequence.chain >= 0:
+                uses[sequence.chain] = uses.get(sequence.chain, 0) + 1
+        if not self.prefixes.is_ready:
+            return
+        if rf_prefix_index_validate(&self.prefixes.index, sizes, &reason) != RF_OK:
+            raise AssertionError(reason.decode())
+        roots = set(self.prefixes.salts.values())
+        uses[self.prefixes.unsalted] = uses.get(self.prefixes.unsalted, 0) + 1
+        for node in range(self.prefixes.index.next_fresh):
+            if self.prefixes.index.nodes[node].uses and node not in roots:
+                parent = self.prefixes.index.nodes[node].parent
+                uses[parent] = uses.get(parent, 0) + 1
+        for node in range(self.prefixes.index.next_fresh):
+            if self.prefixes.index.nodes[node].uses != uses.get(node, 0):
+                raise AssertionError(f"node {node}: {uses.get(node, 0)} uses, counted "
+                                     f"{self.prefixes.index.nodes[node].uses}")
 
     def __len__(self):
-        return self.page_table.map.num_ids
+        return self.first.page_table.map.num_ids
 
     def __contains__(self, sequence_id):
-        return self.page_table.find(sequence_id) != RF_NO_ROW
+        return self.first.page_table.find(sequence_id) != RF_NO_ROW
 
     def __repr__(self):
         return (f"{type(self).__name__}(num_blocks={self.num_blocks}, "

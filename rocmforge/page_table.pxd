@@ -22,9 +22,11 @@ cdef class PageTable:
     cdef int32_t add_row(self, uint64_t sequence_id) noexcept
     cdef int reserve_blocks(self, int32_t row, int32_t extra) noexcept
     cdef void push_blocks(self, int32_t row, const int32_t *ids, int32_t n) noexcept
-    cdef void drop_row(self, uint64_t sequence_id) noexcept
+    cdef int32_t drop_row(self, uint64_t sequence_id) noexcept
     cdef int32_t find(self, object sequence_id) except -2
     cdef int32_t require(self, object sequence_id) except -2
     cdef int check_writable(self) except -1
     cdef cnp.ndarray copy_ids(self, int32_t row)
     cdef int32_t append(self, uint64_t sequence_id, const int32_t *ids, int32_t n) except -2
+    cdef cnp.ndarray slot_ranges(self, cnp.ndarray ids, cnp.ndarray starts, object num_tokens,
+                                 object out)

@@ -39,7 +39,12 @@ class PageTable:
         self, sequence_id: SupportsIndex, out: npt.NDArray[np.int32] | None = None
     ) -> npt.NDArray[np.int32]: ...
     def slot_mapping(
-        self, sequence_ids: _Ints, positions: _Ints, out: npt.NDArray[np.int64] | None = None
+        self,
+        sequence_ids: _Ints,
+        positions: _Ints,
+        out: npt.NDArray[np.int64] | None = None,
+        *,
+        num_tokens: SupportsIndex | _Ints | None = None,
     ) -> npt.NDArray[np.int64]: ...
     def block_table(
         self,

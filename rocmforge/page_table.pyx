@@ -114,11 +114,12 @@ cdef class PageTable:
             memcpy(blocks.ids + blocks.num, ids, n * sizeof(int32_t))
         blocks.num += n
 
-    cdef void drop_row(self, uint64_t sequence_id) noexcept:
-        """Remove a sequence that is in the table."""
+    cdef int32_t drop_row(self, uint64_t sequence_id) noexcept:
+        """Remove a sequence that is in the table and return the row it had."""
         cdef int32_t row = rf_id_map_remove(&self.map, sequence_id)
         rf_free(self.lists[row].ids)
         memset(&self.lists[row], 0, sizeof(BlockList))
+        return row
 
     cdef int32_t find(self, object sequence_id) except -2:
         return rf_id_map_find(&self.map, as_sequence_id(sequence_id))
@@ -328,7 +329,7 @@ cdef class PageTable:
 
     # ---- batches ----
 
-    def slot_mapping(self, sequence_ids, positions, out=None):
+    def slot_mapping(self, sequence_ids, positions, out=None, *, num_tokens=None):
         """The slots of many token positions: block id x block size + offset.
 
         Parameters
@@ -336,14 +337,18 @@ cdef class PageTable:
         sequence_ids : sequence of int, or uint64 or non-negative int64 array ``[n]``
             The sequence of each position.
         positions : sequence of int or integer array ``[n]``
-            Token positions; a negative one is padding and gives -1.
+            Token positions; a negative one is padding and gives -1. With `num_tokens`, the first
+            position of each sequence.
         out : numpy.ndarray, optional
-            int64 ``[n]``, contiguous.
+            int64, as long as the result, contiguous.
+        num_tokens : int, or sequence of int or integer array ``[n]``, optional
+            Consecutive positions of every, or of each, sequence: for whole chunks of prompts,
+            without an array of their positions.
 
         Returns
         -------
         numpy.ndarray
-            int64 ``[n]``.
+            int64 ``[n]``, or ``[sum of num_tokens]``.
 
         Raises
         ------
@@ -359,6 +364,8 @@ cdef class PageTable:
         cdef cnp.npy_intp n = cnp.PyArray_SIZE(ids), i
         if cnp.PyArray_SIZE(where) != n:
             raise ValueError(f"positions: expected {n} as in sequence_ids, got {where.size}")
+        if num_tokens is not None:
+            return self.slot_ranges(ids, where, num_tokens, out)
         cdef cnp.ndarray result
         if out is None:
             result = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT64)
@@ -410,6 +417,63 @@ cdef class PageTable:
                 end = begin + self.block_size
                 base = <int64_t> self.lists[row].ids[index] * self.block_size - begin
             slot[i] = base + position[i]
+        return result
+
+    cdef cnp.ndarray slot_ranges(self, cnp.ndarray ids, cnp.ndarray starts, object num_tokens,
+                                 object out):
+        """The slots of consecutive positions: a block at a time, with one look-up a sequence."""
+        cdef cnp.npy_intp n = cnp.PyArray_SIZE(ids), i, total = 0
+        cdef cnp.ndarray counts, result
+        if hasattr(num_tokens, "__index__") and np.ndim(num_tokens) == 0:
+            counts = np.full(n, as_int(num_tokens, "num_tokens", 0, INT32_MAX), np.int64)
+        else:
+            counts = as_int_array(num_tokens, "num_tokens", cnp.NPY_INT64)
+            if cnp.PyArray_SIZE(counts) != n:
+                raise ValueError(
+                    f"num_tokens: expected an integer or {n} of them, got {counts.size}")
+        cdef const uint64_t *id = <const uint64_t *> cnp.PyArray_DATA(ids)
+        cdef const int64_t *start = <const int64_t *> cnp.PyArray_DATA(starts)
+        cdef const int64_t *count = <const int64_t *> cnp.PyArray_DATA(counts)
+        for i in range(n):
+            if count[i] < 0 or count[i] > INT32_MAX:
+                raise ValueError(f"num_tokens[{i}]: expected 0 .. {INT32_MAX}, got {count[i]}")
+            total += count[i]
+        if out is None:
+            result = cnp.PyArray_SimpleNew(1, &total, cnp.NPY_INT64)
+        else:
+            result = as_out(out, "out", cnp.NPY_INT64, (total,))
+            if overlap(result, ids) or overlap(result, starts) or overlap(result, counts):
+                raise ValueError("out: it overlaps an array that is read")
+        cdef int64_t *slot = <int64_t *> cnp.PyArray_DATA(result)
+        cdef int64_t position, end, base, index, k, step
+        cdef int32_t row
+        for i in range(n):
+            row = rf_id_map_find(&self.map, id[i])
+            if row == RF_NO_ROW:
+                raise UnknownSequenceError(
+                    f"sequence_ids[{i}]: sequence {ids[i]} is not in the page table")
+            end = <int64_t> self.lists[row].num * self.block_size
+            if start[i] < 0 or start[i] > end - count[i]:
+                raise ValueError(f"positions[{i}]: sequence {ids[i]} has slots for {end} tokens, "
+                                 f"got {count[i]} from position {start[i]}")
+        for i in range(n):
+            row = rf_id_map_find(&self.map, id[i])
+            position = start[i]
+            end = position + count[i]
+            index = position // self.block_size
+            while position < end:
+                step = min(end, (index + 1) * self.block_size) - position
+                base = self.lists[row].ids[index]
+                if base < 0:  # released: reads and writes skip it
+                    for k in range(step):
+                        slot[k] = -1
+                else:
+                    base = (base - index) * self.block_size + position
+                    for k in range(step):
+                        slot[k] = base + k
+                slot += step
+                position += step
+                index += 1
         return result
 
     def block_table(self, sequence_ids, pad=-1, out=None):

@@ -7,7 +7,7 @@ __all__ = ["CacheStats"]
 
 @dataclass(frozen=True, slots=True)
 class CacheStats:
-    """The state of a cache at one moment; counts of blocks unless the name says tokens."""
+    """The state of a cache at one moment; blocks are those of all layer groups together."""
 
     block_size: int
     """Tokens a block."""
@@ -16,7 +16,11 @@ class CacheStats:
     used_blocks: int
     """Blocks that a sequence holds; a shared one counts once."""
     free_blocks: int
-    """Blocks that an allocation can have."""
+    """Blocks that an allocation can have, the cached ones included."""
+    cached_blocks: int
+    """Free blocks whose contents are kept for sequences that begin with the same tokens."""
+    pinned_blocks: int
+    """Used blocks that a pin holds."""
     shared_blocks: int
     """Used blocks that more than one sequence holds."""
     references: int
@@ -24,6 +28,8 @@ class CacheStats:
     num_sequences: int
     num_tokens: int
     """Lengths of all sequences together."""
+    num_slots: int
+    """Tokens that the blocks of those lengths could hold."""
 
     @property
     def utilization(self) -> float:
@@ -33,8 +39,7 @@ class CacheStats:
     @property
     def internal_fragmentation(self) -> float:
         """Slots of the sequences' blocks that hold no token, as a fraction of those slots."""
-        slots = self.references * self.block_size
-        return 1.0 - self.num_tokens / slots if slots else 0.0
+        return 1.0 - self.num_tokens / self.num_slots if self.num_slots else 0.0
 
     @property
     def blocks_saved(self) -> int:

@@ -1,0 +1,23 @@
+from typing import Never, final
+
+import numpy as np
+import numpy.typing as npt
+
+from rocmforge.block_allocator import BlockAllocator
+from rocmforge.page_table import PageTable
+
+@final
+class CacheGroup:
+    def __init__(self, *args: Never, **kwargs: Never) -> None: ...
+    @property
+    def allocator(self) -> BlockAllocator: ...
+    @property
+    def page_table(self) -> PageTable: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def table_epoch(self) -> int: ...
+    @property
+    def block_table(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def num_free_blocks(self) -> int: ...

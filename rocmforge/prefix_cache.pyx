@@ -1,0 +1,199 @@
+# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python
+# cython: boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
+"""What the cached blocks of all groups hold: the prefix index, and the spaces of its salts."""
+
+cimport cython
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.string cimport memset
+
+from rocmforge._core cimport (
+    RF_BLOCK_CACHED, RF_BLOCK_KEPT, RF_NO_BLOCK, RF_NO_NODE, RF_OK, rf_block,
+    rf_block_pool, rf_block_pool_allocate, rf_block_pool_forget, rf_block_pool_take_evicted,
+    rf_block_pool_unpin, rf_free, rf_prefix_index_add_root, rf_prefix_index_block,
+    rf_prefix_index_detach, rf_prefix_index_drop_root, rf_prefix_index_free, rf_prefix_index_init,
+    rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
+from rocmforge.cache_group cimport CacheGroup
+
+import os
+
+cdef enum:
+    MAX_GROUPS = 32
+
+
+cdef object salt_key(object salt):
+    """The key of a salt's space: bytes, or None for none."""
+    if salt is None or type(salt) is bytes:
+        return salt
+    if isinstance(salt, str):
+        return salt.encode()
+    if isinstance(salt, (bytes, bytearray, memoryview)):
+        return bytes(memoryview(salt))
+    raise TypeError(f"salt: expected bytes or str, got {type(salt).__name__}")
+
+
+@cython.final
+cdef class PrefixCache:
+    """The contents that the blocks of some groups hold, for `KVCacheManager`.
+
+    A space of contents belongs to each salt, and one to no salt. What blocks are taken for new
+    contents, and which old ones are forgotten for it, is decided by the groups' block pools; this
+    class only follows.
+    """
+
+    def __init__(self):
+        raise TypeError("a PrefixCache is made by its manager")
+
+    def __dealloc__(self):
+        rf_free(self.nodes)
+        if self.is_ready:
+            rf_prefix_index_free(&self.index)
+
+    cdef int require(self) except -1:
+        """Give the index its memory when it is first needed."""
+        cdef int32_t[MAX_GROUPS] sizes
+        cdef int32_t g = 0
+        cdef uint64_t seed
+        cdef CacheGroup group
+        if self.is_ready:
+            return 0
+        seed = int.from_bytes(os.urandom(8), "little")
+        if self.is_ready:  # urandom let another thread in
+            return 0
+        for group in self.groups:
+            sizes[g] = group.allocator.pool.num_blocks
+            g += 1
+        if rf_prefix_index_init(&self.index, self.block_size, g, sizes, seed) != RF_OK:
+            raise MemoryError("no memory for the prefix index")
+        # The space of no salt is in use for ever. A new index has nodes, so that this cannot fail.
+        self.unsalted = rf_prefix_index_add_root(&self.index)
+        rf_prefix_index_use(&self.index, self.unsalted)
+        self.salts[None] = self.unsalted
+        self.is_ready = True
+        return 0
+
+    cdef int32_t root_of(self, object key, bint create) except -2:
+        """The root of a salt's space; RF_NO_NODE where there is none, or no node for a new one.
+
+        It runs nobody's code: `salt_key` has made the key.
+        """
+        cdef int32_t root
+        found = self.salts.get(key)
+        if found is not None:
+            return found
+        if not create:
+            return RF_NO_NODE
+        root = rf_prefix_index_add_root(&self.index)
+        if root != RF_NO_NODE:
+            self.salts[key] = root
+        return root
+
+    cdef int sweep_salts(self) except -1:
+        """Drop the spaces that nothing uses, once there are twice as many as were left last time:
+        so the work is O(1) for each new salt."""
+        cdef int32_t root
+        if len(self.salts) < self.salts_limit and (
+                not self.is_ready or self.index.num_nodes < self.index.capacity):
+            return 0
+        for salt, root in list(self.salts.items()):
+            if self.index.nodes[root].uses == 0 and self.salts.pop(salt, None) is not None:
+                rf_prefix_index_drop_root(&self.index, root)
+        self.salts_limit = max(64, 2 * len(self.salts))
+        return 0
+
+    cdef int reserve_nodes(self, int64_t n) except -1:
+        """Room to note the nodes of n blocks."""
+        cdef int32_t *nodes
+        if n > self.nodes_capacity:
+            nodes = <int32_t *> rf_realloc(self.nodes, n * sizeof(int32_t))
+            if nodes == NULL:
+                raise MemoryError(f"no memory to match {n} blocks")
+            self.nodes = nodes
+            self.nodes_capacity = n
+        return 0
+
+    cdef int64_t match(self, int32_t root, const int32_t *tokens, int64_t limit) noexcept:
+        """Blocks of the longest cached prefix of at most `limit` blocks; its nodes in `nodes`.
+
+        Groups without a window must have them all, the others those of the last window.
+        """
+        cdef int32_t[MAX_GROUPS] run  # blocks in a row that the group has, up to here
+        cdef int64_t i, best = 0
+        cdef int32_t g, walked
+        cdef bint hit
+        cdef CacheGroup group
+        memset(run, 0, sizeof(run))
+        walked = rf_prefix_index_walk(&self.index, root, tokens, <int32_t> limit, self.nodes)
+        if self.index.num_groups == 1 and (<CacheGroup> self.groups[0]).window == 0:
+            while best < walked and rf_prefix_index_block(
+                    &self.index, self.nodes[best], 0) != RF_NO_BLOCK:
+                best += 1
+            return best
+        for i in range(walked):
+            hit = True
+            g = 0
+            for group in self.groups:
+                if rf_prefix_index_block(&self.index, self.nodes[i], g) != RF_NO_BLOCK:
+                    run[g] += 1
+                else:
+                    if group.window == 0:
+                        return best
+                    run[g] = 0
+                hit &= run[g] >= i + 1 - group.first_needed((i + 1) * self.block_size)
+                g += 1
+            if hit:
+                best = i + 1
+        return best
+
+    cdef int32_t block(self, int64_t i, int32_t g) noexcept:
+        """The block of a group that holds the content of the i-th node matched, or RF_NO_BLOCK."""
+        return rf_prefix_index_block(&self.index, self.nodes[i], g)
+
+    cdef void unlink_block(self, int32_t group, int32_t block) noexcept:
+        """Take a block out of the prefix index; it is no longer worth keeping."""
+        cdef CacheGroup owner = self.groups[group]
+        rf_prefix_index_detach(&self.index, group, block)
+        owner.allocator.pool.blocks[block].flags &= ~RF_BLOCK_CACHED
+
+    cdef void take(self, int32_t g, int32_t n, int32_t *ids) noexcept:
+        """Allocate blocks that are known to be there, and forget what the evicted ones held."""
+        cdef CacheGroup group = self.groups[g]
+        cdef rf_block_pool *pool = &group.allocator.pool
+        cdef int32_t i
+        rf_block_pool_allocate(pool, n, ids)
+        if pool.num_evicted:
+            for i in range(pool.num_evicted):
+                rf_prefix_index_detach(&self.index, g, pool.evicted[i])
+            rf_block_pool_take_evicted(pool, pool.evicted)
+
+    cdef int64_t forget_all(self) noexcept:
+        """Take all blocks out of the index, make the kept ones free, and take pins off.
+
+        Returns the number of blocks that were in it.
+        """
+        cdef int32_t g = 0, block
+        cdef int64_t count = 0
+        cdef rf_block *b
+        cdef CacheGroup group
+        for group in self.groups:
+            for block in range(group.allocator.pool.num_blocks):
+                b = &group.allocator.pool.blocks[block]
+                if not b.flags & RF_BLOCK_CACHED:
+                    continue
+                count += 1
+                while b.pins:
+                    rf_block_pool_unpin(&group.allocator.pool, block)
+                self.unlink_block(g, block)
+                if b.flags & RF_BLOCK_KEPT:
+                    rf_block_pool_forget(&group.allocator.pool, block)
+            g += 1
+        return count
+
+
+cdef PrefixCache new_prefix_cache(tuple groups, int block_size):
+    """An empty one over the blocks of these groups; it takes its memory when it is first needed."""
+    cdef PrefixCache cache = PrefixCache.__new__(PrefixCache)
+    cache.groups = groups
+    cache.block_size = block_size
+    cache.salts = {}
+    cache.salts_limit = 64
+    return cache
