@@ -35,10 +35,9 @@ def _(manager: KVCacheManager):
     ids = sorted(int(i) for i in manager.page_table.sequence_ids())
     return {
         "stats": manager.stats(),
-        "page_table": state_of(manager.page_table),
-        "allocator": state_of(manager.allocator),
+        "groups": [(state_of(g.page_table), state_of(g.allocator)) for g in manager.groups],
         "lengths": {i: (manager.seq_len(i), manager.committed_len(i)) for i in ids},
-        "table": (manager.table_epoch, manager.block_table.tolist()),
+        "table": [(g.table_epoch, g.block_table.tolist()) for g in manager.groups],
     }
 
 
