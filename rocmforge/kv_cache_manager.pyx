@@ -771,9 +771,9 @@ cdef class KVCacheManager:
             data = <const int32_t *> cnp.PyArray_DATA(tokens)
             if self.prefix_caching:
                 self.prefixes.require()
-        batch.make_room(self.groups)
         while True:
             changes = self.changes
+            batch.make_room(self.groups)
             columns = self.plan(batch, data)
             plannings = self.plannings
             for g in range(len(self.groups)):
