@@ -46,7 +46,6 @@ RF_INLINE void NAME(qk_tokens)(const float *q, int64_t ldq, const T *k, const in
         const T *kp[RF_TB];
         for (int i = 0; i < RF_TB; i++)
             kp[i] = k + off[t + i < n ? t + i : n - 1]; /* past the end: scores nobody reads */
-        /* past the end of the list there is something to read, too */
         NAME(qk_block)(q, ldq, kp, ahead ? ahead + t : NULL, dim, fixed, rb, s + t, lds);
     }
 }
@@ -256,7 +255,7 @@ static void NAME(attend)(const rf_attention_params *p, const rf_task *task, floa
 
             /* Keys of all heads, then values of all heads, as they lie in memory; meanwhile what
              * comes after is on its way. */
-            make_ahead(&p->v, (const char *)vb, sizeof(T), t->v, n, heads, &ahead);
+            make_ahead(&p->v, (const char *)vb, sizeof(T), t->v, n, heads, n * heads, &ahead);
             for (int h = 0; h < heads; h++)
                 NAME(qk)(q + h * rows * q_dim, q_dim, kb + h * p->k.head_stride, t->k, n,
                          ahead.row + h * n, p->head_dim, rows, scores + h * rows * RF_SCORES,
@@ -275,8 +274,8 @@ static void NAME(attend)(const rf_attention_params *p, const rf_task *task, floa
 
             if (pos + RF_TILE < last) {
                 NAME(next_tile)(p, &s, pos + RF_TILE, last, next);
-                make_ahead(&p->k, (const char *)kb, sizeof(T), next->k, next->n, heads, &ahead);
-                for (int j = ahead.n; j < n * heads; j++) ahead.row[j] = (const char *)kb;
+                make_ahead(&p->k, (const char *)kb, sizeof(T), next->k, next->n, heads, n * heads,
+                           &ahead);
             }
             for (int h = 0; h < heads; h++)
                 NAME(pv)(st.acc + h * rows * v_dim, v_dim,

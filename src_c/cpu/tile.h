@@ -59,15 +59,15 @@ RF_INLINE void prefetch(const char *base, int offset, int bytes) {
     if (bytes > 64) __builtin_prefetch(base + offset + 64, 0, 2);
 }
 
-/* Addresses to prefetch while a phase reads its own rows: as many rows as it reads, in the order in
- * which they lie in memory. */
+/* Addresses to prefetch while a phase reads its own rows, in the order in which they lie in memory.
+ * A phase asks for as many as it reads, and, where it reads keys by blocks of RF_TB, for the rest
+ * of its last block: there are always `wanted` + RF_TB of them. */
 typedef struct rf_ahead {
-    int32_t n;
-    const char *row[RF_TILE * RF_MAX_HEADS];
+    const char *row[RF_TILE * RF_MAX_HEADS + RF_TB];
 } rf_ahead;
 
 static void make_ahead(const rf_paged *x, const char *base, int64_t size, const int64_t *off, int n,
-                       int heads, rf_ahead *a) {
+                       int heads, int wanted, rf_ahead *a) {
     int32_t m = 0;
     if (x->head_stride < x->token_stride) { /* the heads of a token are neighbours */
         for (int t = 0; t < n; t++)
@@ -83,7 +83,7 @@ static void make_ahead(const rf_paged *x, const char *base, int64_t size, const 
             t = end;
         }
     }
-    a->n = m;
+    while (m < wanted + RF_TB) a->row[m++] = base;
 }
 
 /* The softmax of a tile for `rows` rows of scores with n tokens each, in base 2. Scores become
