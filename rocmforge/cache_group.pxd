@@ -6,6 +6,10 @@ from rocmforge.block_allocator cimport BlockAllocator
 from rocmforge.page_table cimport PageTable
 
 
+cdef enum:
+    MAX_GROUPS = 32  # of a cache
+
+
 @cython.final
 cdef class CacheGroup:
     cdef readonly BlockAllocator allocator

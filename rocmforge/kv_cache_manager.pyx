@@ -7,14 +7,14 @@ from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
 from rocmforge._core cimport (
-    RF_BLOCK_CACHED, RF_BLOCK_KEPT, RF_KEEP_CACHED, RF_NO_BLOCK, RF_NO_NODE, RF_NO_ROW,
+    RF_BLOCK_CACHED, RF_KEEP_CACHED, RF_NO_BLOCK, RF_NO_NODE, RF_NO_ROW,
     RF_NUM_PRIORITIES, RF_OK, as_int, as_int_array, as_sequence_id, as_tokens, plain_int, rf_alloc,
     rf_block, rf_block_pool, rf_block_pool_drop, rf_block_pool_hold, rf_block_pool_num_available,
     rf_block_pool_pin, rf_block_pool_unpin, rf_free, rf_id_map_find, rf_prefix_index_attach,
     rf_prefix_index_block, rf_prefix_index_node, rf_prefix_index_step, rf_prefix_index_unuse,
-    rf_prefix_index_use, rf_prefix_index_validate, rf_prefix_index_walk, rf_realloc)
+    rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
 from rocmforge.batch cimport Batch, BatchGroup, Item, new_batch
-from rocmforge.cache_group cimport CacheGroup, new_group
+from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup, new_group
 from rocmforge.page_table cimport BlockList
 from rocmforge.prefix_cache cimport new_prefix_cache, salt_key
 
@@ -26,7 +26,6 @@ from rocmforge.stats import CacheStats
 cnp.import_array()
 
 cdef enum:
-    MAX_GROUPS = 32
     ROOT_UNSET = -2  # no token was given yet, so that the sequence needs no space
 
 
@@ -1168,81 +1167,8 @@ cdef class KVCacheManager:
         AssertionError
             With a sentence, if they do not.
         """
-        cdef CacheGroup group
-        cdef BlockList *blocks
-        cdef Sequence *sequence
-        cdef int32_t *table
-        cdef int32_t row, i, g = 0, block, node
-        cdef int32_t[MAX_GROUPS] sizes
-        cdef const char *reason
-        cdef rf_block *b
-        expected = list(self.first.page_table._items())
-        uses = {}
-        for group in self.groups:
-            group.page_table.check_integrity()
-            group.allocator.check_integrity()
-            sizes[g] = group.allocator.pool.num_blocks
-            if group.page_table._items() != expected:
-                raise AssertionError(f"group {g} has other sequences or rows than the first")
-            holders = np.zeros(sizes[g], np.int32)
-            table = <int32_t *> cnp.PyArray_DATA(group.table)
-            for sequence_id, row in expected:
-                blocks = &group.page_table.lists[row]
-                sequence = &self.sequences[row]
-                if blocks.num != (sequence.length + self.block_size - 1) // self.block_size:
-                    raise AssertionError(f"sequence {sequence_id}: {sequence.length} tokens in "
-                                         f"{blocks.num} blocks")
-                for i in range(blocks.num):
-                    block = blocks.ids[i]
-                    if block != RF_NO_BLOCK:
-                        holders[block] += 1
-                    elif i >= group.first_needed(sequence.committed):
-                        raise AssertionError(f"sequence {sequence_id}: block {i} is missing")
-                    if i < group.changed[row] and table[
-                            row * cnp.PyArray_DIM(group.table, 1) + i * group.ratio] != (
-                                block * group.ratio if block != RF_NO_BLOCK else -1):
-                        raise AssertionError(
-                            f"sequence {sequence_id}: the block table differs at {i}")
-            for block in range(sizes[g]):
-                b = &group.allocator.pool.blocks[block]
-                if b.ref_count != holders[block] + b.pins:
-                    raise AssertionError(f"block {block}: {holders[block]} holders and {b.pins} "
-                                         f"pins, reference count {b.ref_count}")
-                node = RF_NO_NODE
-                if self.prefixes.is_ready:
-                    node = rf_prefix_index_node(&self.prefixes.index, g, block)
-                    if node != RF_NO_NODE:
-                        uses[node] = uses.get(node, 0) + 1
-                if (node != RF_NO_NODE) != (b.flags & RF_BLOCK_CACHED != 0):
-                    raise AssertionError(f"block {block}: its flag and the prefix index disagree")
-                if b.flags & RF_BLOCK_KEPT and node == RF_NO_NODE:
-                    raise AssertionError(f"block {block} is kept for nothing")
-            g += 1
-        for sequence_id, row in expected:
-            sequence = &self.sequences[row]
-            if not 0 <= sequence.committed <= sequence.length:
-                raise AssertionError(f"sequence {sequence_id}: {sequence.committed} committed of "
-                                     f"{sequence.length} tokens")
-            if sequence.num_known > sequence.capacity:
-                raise AssertionError(f"sequence {sequence_id}: more tokens known than stored")
-            if sequence.chained * <int64_t> self.block_size > sequence.committed:
-                raise AssertionError(f"sequence {sequence_id}: published before committed")
-            if sequence.chain >= 0:
-                uses[sequence.chain] = uses.get(sequence.chain, 0) + 1
-        if not self.prefixes.is_ready:
-            return
-        if rf_prefix_index_validate(&self.prefixes.index, sizes, &reason) != RF_OK:
-            raise AssertionError(reason.decode())
-        roots = set(self.prefixes.salts.values())
-        uses[self.prefixes.unsalted] = uses.get(self.prefixes.unsalted, 0) + 1
-        for node in range(self.prefixes.index.next_fresh):
-            if self.prefixes.index.nodes[node].uses and node not in roots:
-                parent = self.prefixes.index.nodes[node].parent
-                uses[parent] = uses.get(parent, 0) + 1
-        for node in range(self.prefixes.index.next_fresh):
-            if self.prefixes.index.nodes[node].uses != uses.get(node, 0):
-                raise AssertionError(f"node {node}: {uses.get(node, 0)} uses, counted "
-                                     f"{self.prefixes.index.nodes[node].uses}")
+        from rocmforge.integrity import check_manager
+        check_manager(self)
 
     def __len__(self):
         return self.first.page_table.map.num_ids

@@ -12,12 +12,9 @@ from rocmforge._core cimport (
     rf_block_pool_unpin, rf_free, rf_prefix_index_add_root, rf_prefix_index_block,
     rf_prefix_index_detach, rf_prefix_index_drop_root, rf_prefix_index_free, rf_prefix_index_init,
     rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
-from rocmforge.cache_group cimport CacheGroup
+from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup
 
 import os
-
-cdef enum:
-    MAX_GROUPS = 32
 
 
 cdef object salt_key(object salt):

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -78,7 +80,10 @@ def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["cpu"]["isa"] == _cpu.isa()
 
 
-@pytest.mark.parametrize("command", [["rocmforge"], [sys.executable, "-P", "-m", "rocmforge"]])
+SCRIPT = str(Path(sysconfig.get_path("scripts"), "rocmforge"))
+
+
+@pytest.mark.parametrize("command", [[SCRIPT], [sys.executable, "-P", "-m", "rocmforge"]])
 def test_the_script_and_the_module_are_the_same(command: list[str]) -> None:
     done = subprocess.run(
         [*command, "--version"], capture_output=True, text=True, check=True, cwd="/"

@@ -1,0 +1,3 @@
+from rocmforge.kv_cache_manager import KVCacheManager
+
+def check_manager(manager: KVCacheManager) -> None: ...
