@@ -54,10 +54,10 @@ typedef struct rf_kernels {
     /* Floats of scratch that a task of that many rows, of all its heads, needs; 64-byte aligned. */
     int64_t (*scratch_floats)(const rf_attention_params *p, int64_t rows);
     /* states: NULL, and the task writes its output; or where part 0 of its merge has its state. */
-    void (*attend[RF_NUM_DTYPES])(const rf_attention_params *p, const rf_task *t, float *scratch,
+    void (*attend[RF_NUM_WIDE_DTYPES])(const rf_attention_params *p, const rf_task *t, float *scratch,
                                   float *states);
     /* Folds the states of a merge and writes the output. */
-    void (*merge[RF_NUM_DTYPES])(const rf_attention_params *p, const rf_merge *m, float *states);
+    void (*merge[RF_NUM_WIDE_DTYPES])(const rf_attention_params *p, const rf_merge *m, float *states);
 } rf_kernels;
 
 /* Those compiled in, best first, NULL at the end; available() asks the processor. */

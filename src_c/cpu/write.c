@@ -8,7 +8,7 @@
 /* Tokens of a task. */
 #define CHUNK 64
 
-static const int64_t type_size[RF_NUM_DTYPES] = {4, 2, 2};
+static const int64_t type_size[RF_NUM_WIDE_DTYPES] = {4, 2, 2};
 
 /* Copies heads x width bytes; one copy where both sides are contiguous. */
 static void copy_vectors(char *to, int64_t to_stride, const char *from, int64_t from_stride,

@@ -166,7 +166,7 @@ int main(void) {
     for (int i = 0; rf_cpu_isa_name(i); i++) {
         if (!rf_cpu_isa_available(rf_cpu_isa_name(i))) continue;
         if (variants++ == 0) CHECK(strcmp(rf_cpu_isa(cpu), rf_cpu_isa_name(i)) == 0); /* the best */
-        for (int dtype = 0; dtype < RF_NUM_DTYPES; dtype++) {
+        for (int dtype = 0; dtype < RF_NUM_WIDE_DTYPES; dtype++) {
             problem x;
             setup(&x, dtype);
             size_t bytes = (size_t)TOKENS * HEADS * DIM * (dtype == RF_F32 ? 4 : 2);

@@ -72,17 +72,6 @@ int rf_cpu_check_copy(const int32_t *copies, int64_t num_copies, int64_t num_blo
 int rf_cpu_attention(rf_cpu *cpu, const rf_attention_params *p);
 int rf_cpu_write_kv(rf_cpu *cpu, const rf_write_params *p);
 
-/* A pool in which the unit of copying is one block: count sub-blocks of inner contiguous bytes. */
-typedef struct rf_copy_params {
-    char *data;
-    int64_t block_stride;  /* bytes */
-    int64_t outer_stride;  /* bytes */
-    int64_t middle_stride; /* bytes */
-    int64_t outer;         /* pieces in the first of two inner dimensions */
-    int64_t middle;        /* pieces in the second */
-    int64_t inner;         /* contiguous bytes of a piece */
-} rf_copy_params;
-
 /* Copies whole blocks: copies[i, 0] to copies[i, 1], in each of the pools. */
 int rf_cpu_copy_blocks(rf_cpu *cpu, const rf_copy_params *pools, int64_t num_pools,
                        const int32_t *copies, int64_t num_copies);
