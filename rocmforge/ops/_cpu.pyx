@@ -72,7 +72,7 @@ cdef extern from "rf/params.h" nogil:
         int32_t v_head_dim
         int32_t block_size
         int32_t dtype
-        int32_t reserved
+        int32_t kv_dtype
 
 cdef extern from "rf/cpu.h" nogil:
     ctypedef struct rf_cpu:
@@ -718,7 +718,7 @@ def write_kv(key, value, k_cache, v_cache, slot_mapping, *, layout="HND"):
     _vectors(vv, "value", &p.value)
     _pool(k, "k_cache", nhd, &p.k)
     _pool(v, "v_cache", nhd, &p.v)
-    p.reserved = 0
+    p.kv_dtype = p.dtype
     if rf_cpu_check_write(&p, &fault) != RF_OK:
         _raise(&fault)
     _apart(k, "k_cache", kk, "key")
