@@ -20,7 +20,7 @@ DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
 TOLERANCE = {
     FLOAT32: (2e-6, 2e-6),
     FLOAT16: (2e-6, 2.0**-11 + 2e-6),
-    BFLOAT16: (2e-6, 2.0**-8 + 2e-6),
+    BFLOAT16: (2.0**-8, 2.0**-8 + 2e-6),
 }
 
 

@@ -8,6 +8,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_INCREF
 from libc.math cimport INFINITY, sqrt
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+from libc.string cimport memset
 
 import os
 
@@ -56,7 +57,10 @@ cdef extern from "rf/params.h" nogil:
         int32_t v_head_dim
         int32_t block_size
         int32_t dtype
+        int32_t kv_dtype
         int32_t causal
+        int32_t window_left
+        int32_t window_right
         float scale
         int32_t reserved
     ctypedef struct rf_write_params:
@@ -529,9 +533,11 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     cdef cnp.dtype descr
     cdef cnp.npy_intp dims[3]
 
+    memset(&p, 0, sizeof(p))
+    p.window_left = p.window_right = -1
     if cnp.PyArray_NDIM(q) != 3:
         _bad_rank(q, "query", "[num_tokens, num_heads, head_dim]")
-    p.dtype = _dtype(q, "query")
+    p.dtype = p.kv_dtype = _dtype(q, "query")
     _same_dtype(k, "k_cache", q, "query")
     _same_dtype(v, "v_cache", q, "query")
     _pools(k, v, nhd)

@@ -42,7 +42,8 @@ static int64_t total_cost(const rf_attention_params *p) {
         rf_seq s = rf_seq_of(p, i);
         for (int64_t q0 = 0; q0 < s.q_len; q0 += tile) {
             int64_t n = smaller(tile, s.q_len - q0);
-            total += cost_of(rf_visible(p, &s, q0 + n - 1) + 1, n * group) * p->num_kv_heads;
+            int64_t seen = rf_visible(p, &s, q0 + n - 1) - rf_first(p, &s, q0);
+            total += cost_of((seen > 0 ? seen : 0) + 1, n * group) * p->num_kv_heads;
         }
     }
     return total;
@@ -53,23 +54,25 @@ static int64_t total_cost(const rf_attention_params *p) {
 static void add_tasks(plan *pl, int64_t i, const rf_seq *s, int64_t q0, int64_t n) {
     const rf_attention_params *p = pl->p;
     int64_t rows = n * (p->num_heads / p->num_kv_heads);
-    int64_t tokens = rf_visible(p, s, q0 + n - 1), parts = parts_of(tokens);
+    int64_t first = rf_first(p, s, q0), last = rf_visible(p, s, q0 + n - 1);
+    int64_t tokens = last > first ? last - first : 0, first_part = first / RF_PART;
+    int64_t parts = tokens ? parts_of(last) - first_part : 0;
     int64_t cost = cost_of(tokens + 1, rows);
     int64_t heads = smaller(RF_MAX_ROWS / rows, smaller(RF_MAX_HEADS, pl->max_cost / cost));
     if (heads < 1) heads = 1;
     int64_t pieces = smaller(parts, (cost - 1) / pl->max_cost + 1);
     if (pieces < 1) pieces = 1;
-    int64_t scratch = pl->kernels->scratch_floats(p, rows * heads);
+    int64_t scratch = pl->kernels->scratch_floats(p, rows, heads);
     if (scratch > pl->scratch_floats) pl->scratch_floats = scratch;
     for (int64_t head = 0; head < p->num_kv_heads; head += heads) {
         int64_t h = smaller(heads, p->num_kv_heads - head);
         if (pieces > 1) {
             if (pl->merges)
                 pl->merges[pl->num_merges] = (rf_merge){
-                    pl->state_floats, (int32_t)i, (int32_t)head,  (int32_t)h,
-                    (int32_t)q0,      (int32_t)n, (int32_t)parts, (int32_t)pieces,
+                    pl->state_floats, (int32_t)i, (int32_t)head,       (int32_t)h,
+                    (int32_t)q0,      (int32_t)n, (int32_t)first_part, (int32_t)parts, (int32_t)pieces,
                 };
-            pl->state_floats += parts * rf_state_floats(rows * h, p->v_head_dim);
+            pl->state_floats += parts * rf_state_floats(rf_head_rows(rows) * h, p->v_head_dim);
         }
         for (int64_t j = 0; j < pieces; j++, pl->num_tasks++) {
             if (!pl->tasks) continue;
@@ -79,8 +82,8 @@ static void add_tasks(plan *pl, int64_t i, const rf_seq *s, int64_t q0, int64_t 
                 (int32_t)h,
                 (int32_t)q0,
                 (int32_t)n,
-                (int32_t)(parts * j / pieces),
-                (int32_t)(parts * (j + 1) / pieces),
+                (int32_t)(first_part + parts * j / pieces),
+                (int32_t)(first_part + parts * (j + 1) / pieces),
                 pieces > 1 ? (int32_t)pl->num_merges : -1,
             };
         }
@@ -109,13 +112,13 @@ static void run_task(void *arg, int64_t i, int worker) {
     const rf_task *t = &pl->tasks[i];
     float *scratch = pl->scratch + worker * pl->scratch_floats;
     if (t->merge < 0) {
-        pl->kernels->attend[p->dtype](p, t, scratch, NULL);
+        pl->kernels->attend(p, t, scratch, NULL, 0);
         return;
     }
     rf_merge *m = &pl->merges[t->merge];
-    pl->kernels->attend[p->dtype](p, t, scratch, pl->states + m->states);
+    pl->kernels->attend(p, t, scratch, pl->states + m->states, m->first_part);
     if (__atomic_sub_fetch(&m->pending, 1, __ATOMIC_ACQ_REL) == 0)
-        pl->kernels->merge[p->dtype](p, m, pl->states + m->states);
+        pl->kernels->merge(p, m, pl->states + m->states);
 }
 
 static size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }

@@ -14,11 +14,16 @@ static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+static int has_avx512bf16(void) {
+    return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vbmi");
+}
 #endif
 
 /* Best first. */
 static const rf_variant variants[] = {
 #if defined(__x86_64__)
+    {&rf_kernels_avx512bf16, has_avx512bf16},
     {&rf_kernels_avx512, has_avx512},
     {&rf_kernels_avx2, has_avx2},
 #endif

@@ -11,9 +11,13 @@
  * part starts from an empty softmax state, and the states of all parts are folded in their order,
  * on whichever threads they were made: so the bits do not depend on the split. */
 #define RF_PART 256
-/* Tokens whose scores are held at once. Divides RF_PART. */
-#define RF_TILE 32
-/* Rows (query tokens x query heads of one key/value head) of a task, unless one token has more. */
+/* Tokens whose scores are held at once, with few rows a head and with many. Both divide RF_PART. */
+#define RF_FEW_TILE  32
+#define RF_MANY_TILE 64
+/* Rows (query tokens x query heads of one key/value head) from which a head has many: then lanes
+ * are rows and keys are broadcast, where with few rows lanes are elements of a key. */
+#define RF_MANY_ROWS 12
+/* Rows of a task, unless one query token has more. */
 #define RF_MAX_ROWS 64
 /* Key/value heads of a task. */
 #define RF_MAX_HEADS 8
@@ -30,34 +34,39 @@ typedef struct rf_task {
     int32_t merge; /* index of the rf_merge it is a piece of, or -1 when it is all parts */
 } rf_task;
 
-/* A (query tokens, head) whose parts were given to several tasks: the last one to finish folds
- * them.
+/* Query tokens and heads whose parts were given to several tasks: the last one to finish folds them.
  */
 typedef struct rf_merge {
     int64_t states; /* floats from the start of the plan's states */
     int32_t seq, head, num_heads, q0, num_q;
-    int32_t num_parts;
+    int32_t first_part, num_parts;
     int32_t pending; /* tasks not finished: changed atomically */
 } rf_merge;
 
 /* A softmax state of r rows: r * padded v_head_dim sums of exp2(logit - max) * value in the
- * variant's own order of elements, then r maxima (base 2), then r sums of exp2(logit - max), both
- * padded. */
-static inline int64_t rf_pad_dim(int64_t dim) { return (dim + 31) & ~(int64_t)31; }
+ * kernel's own order of elements, then r maxima (base 2), then r sums of exp2(logit - max), both
+ * padded. The rows of a task are those of its first head, then those of the next. */
+static inline int64_t rf_pad_dim(int64_t dim) { return (dim + 63) & ~(int64_t)63; }
 static inline int64_t rf_pad_rows(int64_t rows) { return (rows + 15) & ~(int64_t)15; }
 static inline int64_t rf_state_floats(int64_t rows, int64_t v_head_dim) {
     return rows * rf_pad_dim(v_head_dim) + 2 * rf_pad_rows(rows);
 }
 
+/* Rows that a head takes in scratch and states: with many, whole vectors of them. */
+static inline int64_t rf_head_rows(int64_t rows) {
+    return rows < RF_MANY_ROWS ? rows : rf_pad_rows(rows);
+}
+
 typedef struct rf_kernels {
     const char *name;
-    /* Floats of scratch that a task of that many rows, of all its heads, needs; 64-byte aligned. */
-    int64_t (*scratch_floats)(const rf_attention_params *p, int64_t rows);
-    /* states: NULL, and the task writes its output; or where part 0 of its merge has its state. */
-    void (*attend[RF_NUM_WIDE_DTYPES])(const rf_attention_params *p, const rf_task *t, float *scratch,
-                                  float *states);
+    /* Floats of scratch, 64-byte aligned, for a task of so many heads with so many rows each. */
+    int64_t (*scratch_floats)(const rf_attention_params *p, int64_t rows, int64_t heads);
+    /* states: NULL, and the task writes its output; or where the first part of its merge has its
+     * state, and first_part which part that is. */
+    void (*attend)(const rf_attention_params *p, const rf_task *t, float *scratch, float *states,
+                   int32_t first_part);
     /* Folds the states of a merge and writes the output. */
-    void (*merge[RF_NUM_WIDE_DTYPES])(const rf_attention_params *p, const rf_merge *m, float *states);
+    void (*merge)(const rf_attention_params *p, const rf_merge *m, float *states);
 } rf_kernels;
 
 /* Those compiled in, best first, NULL at the end; available() asks the processor. */
@@ -69,6 +78,7 @@ typedef struct rf_variant {
 extern const rf_kernels rf_kernels_portable;
 extern const rf_kernels rf_kernels_avx2;
 extern const rf_kernels rf_kernels_avx512;
+extern const rf_kernels rf_kernels_avx512bf16;
 
 /* Where a sequence's queries and context are. */
 typedef struct rf_seq {
@@ -86,10 +96,17 @@ static inline rf_seq rf_seq_of(const rf_attention_params *p, int64_t s) {
     q.kv_len = p->seq_lens[s];
     return q;
 }
-/* Context tokens that query token i of the sequence sees. */
+/* Query token i of the sequence sees the context from rf_first to before rf_visible. */
 static inline int64_t rf_visible(const rf_attention_params *p, const rf_seq *s, int64_t i) {
-    int64_t n = p->causal ? s->kv_len - s->q_len + i + 1 : s->kv_len;
+    int64_t own = s->kv_len - s->q_len + i, n = p->causal ? own + 1 : s->kv_len;
+    if (p->window_right >= 0 && own + p->window_right + 1 < n) n = own + p->window_right + 1;
+    if (n > s->kv_len) n = s->kv_len;
     return n > 0 ? n : 0;
+}
+static inline int64_t rf_first(const rf_attention_params *p, const rf_seq *s, int64_t i) {
+    if (p->window_left < 0) return 0;
+    int64_t first = s->kv_len - s->q_len + i - p->window_left;
+    return first > 0 ? first : 0;
 }
 
 #endif

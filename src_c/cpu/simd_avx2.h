@@ -9,6 +9,10 @@
 #define RF_RB 4 /* 8 accumulators, 4 keys, 2 queries of the 16 registers */
 #define RF_TB 2
 
+#define RF_MANY_NV   2
+#define RF_MANY_FULL 6 /* 12 accumulators, 2 queries, a key */
+#define RF_MANY_TB   8
+
 typedef __m256 vf;
 
 static inline vf vf_set1(float x) { return _mm256_set1_ps(x); }
@@ -24,6 +28,15 @@ static inline vf vf_zero_if_equal(vf a, vf b) {
     return _mm256_andnot_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ), a);
 }
 static inline vf vf_max(vf a, vf b) { return _mm256_max_ps(a, b); }
+static inline vf vf_min(vf a, vf b) { return _mm256_min_ps(a, b); }
+static inline vf vf_div(vf a, vf b) { return _mm256_div_ps(a, b); }
+static inline vf vf_abs(vf a) { return _mm256_andnot_ps(vf_set1(-0.0f), a); }
+static inline vf vf_copysign(vf a, vf sign) {
+    return _mm256_or_ps(vf_abs(a), _mm256_and_ps(vf_set1(-0.0f), sign));
+}
+static inline vf vf_if_less(vf a, vf b, vf x, vf y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
+}
 static inline void vf_hsum4(const vf v[4], float out[4]) {
     vf x = _mm256_add_ps(_mm256_unpacklo_ps(v[0], v[1]), _mm256_unpackhi_ps(v[0], v[1]));
     vf y = _mm256_add_ps(_mm256_unpacklo_ps(v[2], v[3]), _mm256_unpackhi_ps(v[2], v[3]));
@@ -128,11 +141,73 @@ static inline void rf_st2_part_bf16(uint16_t *p, int n, vf a, vf b) {
     rf_store128(p, _mm256_castsi256_si128(rf_join_bf16(a, b)));
 }
 
-static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds) {
+static inline void rf_ld2_bf16n(const uint16_t *p, vf *a, vf *b) {
+    *a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(rf_load128(p)), 16));
+    *b = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(rf_load128(p + 8)), 16));
+}
+static inline void rf_ld2_part_bf16n(const uint16_t *p, int n, vf *a, vf *b) {
+    (void)n;
+    *a = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(rf_load128(p)), 16));
+    *b = vf_zero();
+}
+static inline __m128i rf_to_bf16(vf v) {
+    __m256i r = _mm256_srli_epi32(rf_round_bf16(v), 16);
+    return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+static inline void rf_st2_bf16n(uint16_t *p, vf a, vf b) {
+    rf_store128(p, rf_to_bf16(a));
+    rf_store128(p + 8, rf_to_bf16(b));
+}
+static inline void rf_st2_part_bf16n(uint16_t *p, int n, vf a, vf b) {
+    (void)n, (void)b;
+    rf_store128(p, rf_to_bf16(a));
+}
+
+/* A float8 in the place of a half has its exponent's offset wrong, by a factor. x: words. */
+static inline void rf_float8(__m256i x, __m256i nan, float factor, vf *a, vf *b) {
+    __m256i h = _mm256_or_si256(
+        _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7),
+        _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8));
+    h = _mm256_or_si256(h, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+    *a = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), vf_set1(factor));
+    *b = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), vf_set1(factor));
+}
+static inline void rf_e4m3fn(__m128i x, vf *a, vf *b) {
+    __m256i w = _mm256_cvtepu8_epi16(x), most = _mm256_set1_epi16(0x7f);
+    rf_float8(w, _mm256_cmpeq_epi16(_mm256_and_si256(w, most), most), 256.0f, a, b);
+}
+static inline void rf_e4m3fnuz(__m128i x, vf *a, vf *b) {
+    __m256i w = _mm256_cvtepu8_epi16(x);
+    rf_float8(w, _mm256_cmpeq_epi16(w, _mm256_set1_epi16(0x80)), 128.0f, a, b);
+}
+static inline void rf_i8(__m128i x, vf *a, vf *b) {
+    *a = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));
+    *b = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(x, 8)));
+}
+static inline __m128i rf_load64(const void *p) { return _mm_loadl_epi64((const __m128i *)p); }
+static inline void rf_ld2_e4m3fn(const uint8_t *p, vf *a, vf *b) { rf_e4m3fn(rf_load128(p), a, b); }
+static inline void rf_ld2_e4m3fnuz(const uint8_t *p, vf *a, vf *b) {
+    rf_e4m3fnuz(rf_load128(p), a, b);
+}
+static inline void rf_ld2_i8(const uint8_t *p, vf *a, vf *b) { rf_i8(rf_load128(p), a, b); }
+static inline void rf_ld2_part_e4m3fn(const uint8_t *p, int n, vf *a, vf *b) {
+    (void)n;
+    rf_e4m3fn(rf_load64(p), a, b);
+}
+static inline void rf_ld2_part_e4m3fnuz(const uint8_t *p, int n, vf *a, vf *b) {
+    (void)n;
+    rf_e4m3fnuz(rf_load64(p), a, b);
+}
+static inline void rf_ld2_part_i8(const uint8_t *p, int n, vf *a, vf *b) {
+    (void)n;
+    rf_i8(rf_load64(p), a, b);
+}
+
+static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, vf factor, float *s, int64_t lds) {
     for (int r = 0; r < rb; r++) {
         vf h = _mm256_hadd_ps(acc[r][0], acc[r][1]);
         __m128 x = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-        x = _mm_add_ps(x, _mm_movehdup_ps(x));
+        x = _mm_mul_ps(_mm_add_ps(x, _mm_movehdup_ps(x)), _mm256_castps256_ps128(factor));
         s[r * lds] = _mm_cvtss_f32(x);
         s[r * lds + 1] = _mm_cvtss_f32(_mm_movehl_ps(x, x));
     }

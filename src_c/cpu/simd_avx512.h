@@ -14,6 +14,10 @@
 #define RF_RB 4 /* 16 accumulators, 8 keys, 2 queries of the 32 registers */
 #define RF_TB 4
 
+#define RF_MANY_NV   4
+#define RF_MANY_FULL 6 /* 24 accumulators, 4 queries, a key */
+#define RF_MANY_TB   12
+
 typedef __m512 vf;
 
 static inline vf vf_set1(float x) { return _mm512_set1_ps(x); }
@@ -29,6 +33,15 @@ static inline vf vf_zero_if_equal(vf a, vf b) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), a);
 }
 static inline vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
+static inline vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
+static inline vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+static inline vf vf_abs(vf a) { return _mm512_abs_ps(a); }
+static inline vf vf_copysign(vf a, vf sign) {
+    return _mm512_or_ps(vf_abs(a), _mm512_and_ps(vf_set1(-0.0f), sign));
+}
+static inline vf vf_if_less(vf a, vf b, vf x, vf y) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), x);
+}
 static inline void vf_hsum4(const vf v[4], float out[4]) {
     vf x = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
     vf y = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
@@ -60,23 +73,23 @@ static inline vf vf_exp2(vf x) {
     return _mm512_maskz_scalef_ps(normal, p, n);
 }
 
-static inline __mmask32 rf_first(int n) { return (__mmask32)((1u << n) - 1u); }
+static inline __mmask32 rf_lanes(int n) { return (__mmask32)((1u << n) - 1u); }
 
 static inline void rf_ld2_f32(const float *p, vf *a, vf *b) {
     *a = vf_load(p);
     *b = vf_load(p + 16);
 }
 static inline void rf_ld2_part_f32(const float *p, int n, vf *a, vf *b) {
-    *a = _mm512_maskz_loadu_ps((__mmask16)rf_first(n), p);
-    *b = _mm512_maskz_loadu_ps((__mmask16)(rf_first(n) >> 16), p + 16);
+    *a = _mm512_maskz_loadu_ps((__mmask16)rf_lanes(n), p);
+    *b = _mm512_maskz_loadu_ps((__mmask16)(rf_lanes(n) >> 16), p + 16);
 }
 static inline void rf_st2_f32(float *p, vf a, vf b) {
     vf_store(p, a);
     vf_store(p + 16, b);
 }
 static inline void rf_st2_part_f32(float *p, int n, vf a, vf b) {
-    _mm512_mask_storeu_ps(p, (__mmask16)rf_first(n), a);
-    _mm512_mask_storeu_ps(p + 16, (__mmask16)(rf_first(n) >> 16), b);
+    _mm512_mask_storeu_ps(p, (__mmask16)rf_lanes(n), a);
+    _mm512_mask_storeu_ps(p + 16, (__mmask16)(rf_lanes(n) >> 16), b);
 }
 
 static inline void rf_split_f16(__m512i x, vf *a, vf *b) {
@@ -88,7 +101,7 @@ static inline void rf_ld2_f16(const uint16_t *p, vf *a, vf *b) {
     *b = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p + 16)));
 }
 static inline void rf_ld2_part_f16(const uint16_t *p, int n, vf *a, vf *b) {
-    rf_split_f16(_mm512_maskz_loadu_epi16(rf_first(n), p), a, b);
+    rf_split_f16(_mm512_maskz_loadu_epi16(rf_lanes(n), p), a, b);
 }
 static inline __m512i rf_join_f16(vf a, vf b) {
     __m256i lo = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -99,7 +112,7 @@ static inline void rf_st2_f16(uint16_t *p, vf a, vf b) {
     _mm512_storeu_si512(p, rf_join_f16(a, b));
 }
 static inline void rf_st2_part_f16(uint16_t *p, int n, vf a, vf b) {
-    _mm512_mask_storeu_epi16(p, rf_first(n), rf_join_f16(a, b));
+    _mm512_mask_storeu_epi16(p, rf_lanes(n), rf_join_f16(a, b));
 }
 
 /* One load and one operation a vector: even elements are shifted up, odd ones masked. Widening
@@ -112,7 +125,7 @@ static inline void rf_ld2_bf16(const uint16_t *p, vf *a, vf *b) {
     rf_split_bf16(_mm512_loadu_si512(p), a, b);
 }
 static inline void rf_ld2_part_bf16(const uint16_t *p, int n, vf *a, vf *b) {
-    rf_split_bf16(_mm512_maskz_loadu_epi16(rf_first(n), p), a, b);
+    rf_split_bf16(_mm512_maskz_loadu_epi16(rf_lanes(n), p), a, b);
 }
 /* Rounds to nearest even into the upper half of each lane; NaN stays NaN. */
 static inline __m512i rf_round_bf16(vf v) {
@@ -130,7 +143,75 @@ static inline void rf_st2_bf16(uint16_t *p, vf a, vf b) {
     _mm512_storeu_si512(p, rf_join_bf16(a, b));
 }
 static inline void rf_st2_part_bf16(uint16_t *p, int n, vf a, vf b) {
-    _mm512_mask_storeu_epi16(p, rf_first(n), rf_join_bf16(a, b));
+    _mm512_mask_storeu_epi16(p, rf_lanes(n), rf_join_bf16(a, b));
+}
+
+static inline void rf_ld2_bf16n(const uint16_t *p, vf *a, vf *b) {
+    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+    __m512i y = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p + 16)));
+    *a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *b = _mm512_castsi512_ps(_mm512_slli_epi32(y, 16));
+}
+static inline void rf_ld2_part_bf16n(const uint16_t *p, int n, vf *a, vf *b) {
+    __m512i x = _mm512_maskz_loadu_epi16(rf_lanes(n), p);
+    __m512i y = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1));
+    x = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(x));
+    *a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *b = _mm512_castsi512_ps(_mm512_slli_epi32(y, 16));
+}
+static inline __m512i rf_join_bf16n(vf a, vf b) {
+    __m256i lo = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rf_round_bf16(a), 16));
+    __m256i hi = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rf_round_bf16(b), 16));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(lo), hi, 1);
+}
+static inline void rf_st2_bf16n(uint16_t *p, vf a, vf b) {
+    _mm512_storeu_si512(p, rf_join_bf16n(a, b));
+}
+static inline void rf_st2_part_bf16n(uint16_t *p, int n, vf a, vf b) {
+    _mm512_mask_storeu_epi16(p, rf_lanes(n), rf_join_bf16n(a, b));
+}
+
+/* A float8 in the place of a half has its exponent's offset wrong, by a factor. x: words. */
+static inline void rf_float8(__m512i x, __mmask32 nan, float factor, vf *a, vf *b) {
+    __m512i h =
+        _mm512_or_si512(_mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x7f)), 7),
+                        _mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x80)), 8));
+    h = _mm512_mask_mov_epi16(h, nan, _mm512_set1_epi16(0x7e00));
+    rf_split_f16(h, a, b);
+    *a = vf_mul(*a, vf_set1(factor));
+    *b = vf_mul(*b, vf_set1(factor));
+}
+static inline void rf_e4m3fn(__m256i x, vf *a, vf *b) {
+    __m512i w = _mm512_cvtepu8_epi16(x), most = _mm512_set1_epi16(0x7f);
+    rf_float8(w, _mm512_cmpeq_epi16_mask(_mm512_and_si512(w, most), most), 256.0f, a, b);
+}
+static inline void rf_e4m3fnuz(__m256i x, vf *a, vf *b) {
+    __m512i w = _mm512_cvtepu8_epi16(x);
+    rf_float8(w, _mm512_cmpeq_epi16_mask(w, _mm512_set1_epi16(0x80)), 128.0f, a, b);
+}
+static inline void rf_i8(__m256i x, vf *a, vf *b) {
+    *a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(x)));
+    *b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(x, 1)));
+}
+static inline __m256i rf_load256(const uint8_t *p) {
+    return _mm256_loadu_si256((const __m256i *)p);
+}
+static inline __m256i rf_part256(const uint8_t *p, int n) {
+    return _mm256_maskz_loadu_epi8(rf_lanes(n), p);
+}
+static inline void rf_ld2_e4m3fn(const uint8_t *p, vf *a, vf *b) { rf_e4m3fn(rf_load256(p), a, b); }
+static inline void rf_ld2_e4m3fnuz(const uint8_t *p, vf *a, vf *b) {
+    rf_e4m3fnuz(rf_load256(p), a, b);
+}
+static inline void rf_ld2_i8(const uint8_t *p, vf *a, vf *b) { rf_i8(rf_load256(p), a, b); }
+static inline void rf_ld2_part_e4m3fn(const uint8_t *p, int n, vf *a, vf *b) {
+    rf_e4m3fn(rf_part256(p, n), a, b);
+}
+static inline void rf_ld2_part_e4m3fnuz(const uint8_t *p, int n, vf *a, vf *b) {
+    rf_e4m3fnuz(rf_part256(p, n), a, b);
+}
+static inline void rf_ld2_part_i8(const uint8_t *p, int n, vf *a, vf *b) {
+    rf_i8(rf_part256(p, n), a, b);
 }
 
 /* Four tokens of one row: within each 128-bit lane, [t0 t1 t2 t3]. */
@@ -141,7 +222,7 @@ static inline vf rf_reduce_row(const vf a[RF_TB]) {
     return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d0, d1)),
                          _mm512_castpd_ps(_mm512_unpackhi_pd(d0, d1)));
 }
-static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds) {
+static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, vf factor, float *s, int64_t lds) {
     if (rb == 4) {
         vf r0 = rf_reduce_row(acc[0]), r1 = rf_reduce_row(acc[1]);
         vf r2 = rf_reduce_row(acc[2]), r3 = rf_reduce_row(acc[3]);
@@ -151,6 +232,7 @@ static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds
             _mm512_add_ps(_mm512_shuffle_f32x4(r2, r3, 0x44), _mm512_shuffle_f32x4(r2, r3, 0xee));
         vf r = _mm512_add_ps(_mm512_shuffle_f32x4(r01, r23, 0x88),
                              _mm512_shuffle_f32x4(r01, r23, 0xdd));
+        r = _mm512_mul_ps(r, factor);
         _mm_storeu_ps(s, _mm512_castps512_ps128(r));
         _mm_storeu_ps(s + lds, _mm512_extractf32x4_ps(r, 1));
         _mm_storeu_ps(s + 2 * lds, _mm512_extractf32x4_ps(r, 2));
@@ -160,8 +242,8 @@ static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds
     for (int r = 0; r < rb; r++) {
         vf v = rf_reduce_row(acc[r]);
         __m256 h = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-        _mm_storeu_ps(s + r * lds,
-                      _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
+        __m128 x = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+        _mm_storeu_ps(s + r * lds, _mm_mul_ps(x, _mm512_castps512_ps128(factor)));
     }
 }
 

@@ -3,11 +3,15 @@
  * What each simd_*.h provides is told here.
  *   RF_W        lanes of vf. Storage is handled in pairs of vectors, 2 * RF_W elements.
  *   RF_TB       tokens of a query-key block; RF_RB rows of queries in it (registers decide).
- *   rf_ld2_T    2 * RF_W elements of storage type T as two vectors. The order of elements within
- *               the pair is the variant's own (bfloat16 splits into even and odd), the same for
- *               queries, keys, values; rf_st2_T undoes it. _part: only the first n, a multiple of
- * 8, are touched in memory; the others are zero. rf_reduce   sums the lanes of acc[row][token] into
- * s[row * lds + token]. */
+ *   RF_MANY_NV  with many rows: vectors of rows that a block of tokens has at most; RF_MANY_FULL
+ *               tokens of such a block, RF_MANY_TB of one with a single vector.
+ *   rf_ld2_T    2 * RF_W elements of storage type T as two vectors, in their order; bfloat16 may
+ *               have an order of its own (it splits into even and odd), the same for queries, keys
+ *               and values, which rf_st2_bf16 undoes; rf_ld2_bf16n and rf_st2_bf16n keep the order.
+ *               _part: only the first n, a multiple of 8, are touched in memory; the others are
+ *               zero. 8-bit types: the code's own value, not scaled.
+ *   rf_reduce   the sums over the lanes of acc[row][token], times factor, to s[row * lds + token].
+ */
 #ifndef RF_SIMD_H
 #define RF_SIMD_H
 
@@ -17,6 +21,10 @@
 #define RF_W  4
 #define RF_RB 4
 #define RF_TB 2
+
+#define RF_MANY_NV   2
+#define RF_MANY_FULL 4
+#define RF_MANY_TB   4
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));
@@ -36,10 +44,18 @@ static inline vf vf_select(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | (
 static inline vf vf_add(vf a, vf b) { return a + b; }
 static inline vf vf_sub(vf a, vf b) { return a - b; }
 static inline vf vf_mul(vf a, vf b) { return a * b; }
+static inline vf vf_div(vf a, vf b) { return a / b; }
+static inline vf vf_abs(vf a) { return (vf)((vi)a & 0x7fffffff); }
+static inline vf vf_copysign(vf a, vf sign) {
+    return (vf)(((vu)a & 0x7fffffffu) | ((vu)sign & 0x80000000u));
+}
+/* x where a < b, else y. */
+static inline vf vf_if_less(vf a, vf b, vf x, vf y) { return vf_select(a < b, x, y); }
 /* a, but 0 where it equals b. */
 static inline vf vf_zero_if_equal(vf a, vf b) { return vf_select(a == b, vf_zero(), a); }
 /* NaN in either operand gives b, as maxps does. */
 static inline vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
+static inline vf vf_min(vf a, vf b) { return vf_select(a < b, a, b); }
 /* The sum or maximum of the lanes of each of four vectors. */
 static inline void vf_hsum4(const vf v[4], float out[4]) {
     for (int i = 0; i < 4; i++) out[i] = (v[i][0] + v[i][2]) + (v[i][1] + v[i][3]);
@@ -71,20 +87,16 @@ static inline vf vf_exp2(vf x) {
     return vf_select(under, vf_zero(), y);
 }
 
-static inline vu rf_ldu(const void *p) {
-    vu v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
+static inline vu rf_words(const uint16_t *p) { return (vu){p[0], p[1], p[2], p[3]}; }
+static inline vu rf_bytes4(const uint8_t *p) { return (vu){p[0], p[1], p[2], p[3]}; }
 
 static inline void rf_ld2_f32(const float *p, vf *a, vf *b) {
     *a = vf_load(p);
     *b = vf_load(p + 4);
 }
 static inline void rf_ld2_bf16(const uint16_t *p, vf *a, vf *b) {
-    vu x = rf_ldu(p);
-    *a = (vf)(x << 16);
-    *b = (vf)(x & 0xffff0000u);
+    *a = (vf)(rf_words(p) << 16);
+    *b = (vf)(rf_words(p + 4) << 16);
 }
 /* Half to float: the exponent's offset is a multiplication, which also serves subnormals. */
 static inline vf rf_half(vu h) {
@@ -94,9 +106,28 @@ static inline vf rf_half(vu h) {
     return (vf)((vu)x | inf | ((h & 0x8000u) << 16));
 }
 static inline void rf_ld2_f16(const uint16_t *p, vf *a, vf *b) {
-    vu x = rf_ldu(p);
-    *a = rf_half(x & 0xffffu);
-    *b = rf_half(x >> 16);
+    *a = rf_half(rf_words(p));
+    *b = rf_half(rf_words(p + 4));
+}
+/* A float8 in the place of a half has its exponent's offset wrong, by a factor. */
+static inline vf rf_float8(vu x, vu nan, float factor) {
+    vf y = rf_half((x & 0x7fu) << 7 | (x & 0x80u) << 8) * vf_set1(factor);
+    return (vf)((vu)y | (nan & 0x7fc00000u));
+}
+static inline vf rf_e4m3fn(vu x) { return rf_float8(x, (vu)((x & 0x7fu) == 0x7fu), 256.0f); }
+static inline vf rf_e4m3fnuz(vu x) { return rf_float8(x, (vu)(x == 0x80u), 128.0f); }
+static inline void rf_ld2_e4m3fn(const uint8_t *p, vf *a, vf *b) {
+    *a = rf_e4m3fn(rf_bytes4(p));
+    *b = rf_e4m3fn(rf_bytes4(p + 4));
+}
+static inline void rf_ld2_e4m3fnuz(const uint8_t *p, vf *a, vf *b) {
+    *a = rf_e4m3fnuz(rf_bytes4(p));
+    *b = rf_e4m3fnuz(rf_bytes4(p + 4));
+}
+static inline void rf_ld2_i8(const uint8_t *p, vf *a, vf *b) {
+    const int8_t *q = (const int8_t *)p;
+    *a = (vf){q[0], q[1], q[2], q[3]};
+    *b = (vf){q[4], q[5], q[6], q[7]};
 }
 
 static inline uint32_t rf_float_bits(float x) {
@@ -127,29 +158,37 @@ static inline void rf_st2_f32(float *p, vf a, vf b) {
 }
 static inline void rf_st2_bf16(uint16_t *p, vf a, vf b) {
     for (int i = 0; i < 4; i++) {
-        uint32_t pair = rf_round_bf16(a[i]) | rf_round_bf16(b[i]) << 16;
-        memcpy(p + 2 * i, &pair, sizeof pair);
+        p[i] = (uint16_t)rf_round_bf16(a[i]);
+        p[i + 4] = (uint16_t)rf_round_bf16(b[i]);
     }
 }
 static inline void rf_st2_f16(uint16_t *p, vf a, vf b) {
     for (int i = 0; i < 4; i++) {
-        uint32_t pair = rf_round_f16(a[i]) | rf_round_f16(b[i]) << 16;
-        memcpy(p + 2 * i, &pair, sizeof pair);
+        p[i] = (uint16_t)rf_round_f16(a[i]);
+        p[i + 4] = (uint16_t)rf_round_f16(b[i]);
     }
 }
+#define rf_ld2_bf16n rf_ld2_bf16
+#define rf_st2_bf16n rf_st2_bf16
 
 /* A pair is 8 elements and head_dim a multiple of 8: there is never a part of one. */
-#define rf_ld2_part_f32(p, n, a, b)  rf_ld2_f32(p, a, b)
-#define rf_ld2_part_f16(p, n, a, b)  rf_ld2_f16(p, a, b)
-#define rf_ld2_part_bf16(p, n, a, b) rf_ld2_bf16(p, a, b)
-#define rf_st2_part_f32(p, n, a, b)  rf_st2_f32(p, a, b)
-#define rf_st2_part_f16(p, n, a, b)  rf_st2_f16(p, a, b)
-#define rf_st2_part_bf16(p, n, a, b) rf_st2_bf16(p, a, b)
+#define rf_ld2_part_f32(p, n, a, b)      rf_ld2_f32(p, a, b)
+#define rf_ld2_part_f16(p, n, a, b)      rf_ld2_f16(p, a, b)
+#define rf_ld2_part_bf16(p, n, a, b)     rf_ld2_bf16(p, a, b)
+#define rf_ld2_part_bf16n(p, n, a, b)    rf_ld2_bf16(p, a, b)
+#define rf_ld2_part_e4m3fn(p, n, a, b)   rf_ld2_e4m3fn(p, a, b)
+#define rf_ld2_part_e4m3fnuz(p, n, a, b) rf_ld2_e4m3fnuz(p, a, b)
+#define rf_ld2_part_i8(p, n, a, b)       rf_ld2_i8(p, a, b)
+#define rf_st2_part_f32(p, n, a, b)      rf_st2_f32(p, a, b)
+#define rf_st2_part_f16(p, n, a, b)      rf_st2_f16(p, a, b)
+#define rf_st2_part_bf16(p, n, a, b)     rf_st2_bf16(p, a, b)
+#define rf_st2_part_bf16n(p, n, a, b)    rf_st2_bf16(p, a, b)
 
-static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, float *s, int64_t lds) {
+static inline void rf_reduce(vf acc[RF_RB][RF_TB], int rb, vf factor, float *s, int64_t lds) {
     for (int r = 0; r < rb; r++)
         for (int t = 0; t < RF_TB; t++)
-            s[r * lds + t] = (acc[r][t][0] + acc[r][t][2]) + (acc[r][t][1] + acc[r][t][3]);
+            s[r * lds + t] =
+                ((acc[r][t][0] + acc[r][t][2]) + (acc[r][t][1] + acc[r][t][3])) * factor[0];
 }
 
 #endif

@@ -1,4 +1,5 @@
-/* What the kernels of all storage types share: tiles of tokens, softmax over scores, states. */
+/* Tiles: the tokens whose scores are held at once, where their vectors lie, and what to fetch
+ * ahead. */
 #ifndef RF_CPU_TILE_H
 #define RF_CPU_TILE_H
 
@@ -8,62 +9,69 @@
 #include "kernels.h"
 
 #define RF_INLINE static inline __attribute__((always_inline))
-/* Scores of a row: a tile, and the lanes that a block of tokens or a vector writes past its end. */
-#define RF_SCORES (RF_TILE + 16)
 
-/* Up to RF_TILE tokens of a context that have a block. */
+/* Addresses, scores or tokens that a block of tokens may write or name past the end of a tile. */
+#define RF_SLACK 16
+
+/* Tokens of a context that have a block. */
 typedef struct rf_tile {
     int32_t n;
-    int32_t pos[RF_TILE]; /* in the context, ascending */
-    int64_t k[RF_TILE];   /* element offset of the key vector of head 0 */
-    int64_t v[RF_TILE];
+    int32_t pos[RF_MANY_TILE]; /* in the context, ascending */
+    int64_t k[RF_MANY_TILE];   /* element offset of the key vector of head 0 */
+    int64_t v[RF_MANY_TILE];
+    int64_t k_scale[RF_MANY_TILE]; /* offsets of the scales of head 0, where tokens have their own */
+    int64_t v_scale[RF_MANY_TILE];
 } rf_tile;
+
+RF_INLINE int scales_by_token(const rf_attention_params *p, const rf_scales *s) {
+    return p->kv_dtype >= RF_NUM_WIDE_DTYPES && s->data && (s->token_stride || s->block_stride);
+}
+
+/* The offsets of `n` tokens of a block from token `offset` on. */
+RF_INLINE void offsets(int64_t block, int64_t block_stride, int64_t offset, int64_t token_stride,
+                       int64_t n, int64_t *out) {
+    int64_t at = block * block_stride + offset * token_stride;
+    for (int64_t i = 0; i < n; i++, at += token_stride) out[i] = at;
+}
 
 /* Tokens start .. end - 1 of a context. Negative entries of the table are passed over. */
 static void make_tile(const rf_attention_params *p, const rf_seq *s, int64_t start, int64_t end,
                       rf_tile *t) {
-    int64_t bs = p->block_size;
+    const int64_t bs = p->block_size;
+    const int k_scales = scales_by_token(p, &p->k_scale), v_scales = scales_by_token(p, &p->v_scale);
     int32_t n = 0;
     for (int64_t pos = start; pos < end;) {
-        int64_t index = pos / bs, offset = pos - index * bs;
-        int64_t stop = (index + 1) * bs < end ? (index + 1) * bs : end;
-        int64_t block = s->blocks[index];
-        if (block < 0) {
-            pos = stop;
-            continue;
+        const int64_t index = pos / bs, offset = pos - index * bs;
+        const int64_t stop = (index + 1) * bs < end ? (index + 1) * bs : end, count = stop - pos;
+        const int64_t block = s->blocks[index];
+        if (block >= 0) {
+            offsets(block, p->k.block_stride, offset, p->k.token_stride, count, t->k + n);
+            offsets(block, p->v.block_stride, offset, p->v.token_stride, count, t->v + n);
+            if (k_scales)
+                offsets(block, p->k_scale.block_stride, offset, p->k_scale.token_stride, count,
+                        t->k_scale + n);
+            if (v_scales)
+                offsets(block, p->v_scale.block_stride, offset, p->v_scale.token_stride, count,
+                        t->v_scale + n);
+            for (int64_t i = 0; i < count; i++) t->pos[n + i] = (int32_t)(pos + i);
+            n += (int32_t)count;
         }
-        int64_t k = block * p->k.block_stride + offset * p->k.token_stride;
-        int64_t v = block * p->v.block_stride + offset * p->v.token_stride;
-        for (; pos < stop; pos++, n++) {
-            t->pos[n] = (int32_t)pos;
-            t->k[n] = k;
-            t->v[n] = v;
-            k += p->k.token_stride;
-            v += p->v.token_stride;
-        }
+        pos = stop;
     }
     t->n = n;
 }
 
-/* Tokens of the tile that a query sees which sees the first `limit` of the context. */
-RF_INLINE int32_t tile_visible(const rf_tile *t, int64_t limit) {
+/* Tokens of the tile before position `limit`. */
+RF_INLINE int32_t tokens_before(const rf_tile *t, int64_t limit) {
     int32_t n = t->n;
     while (n > 0 && t->pos[n - 1] >= limit) n--;
     return n;
 }
 
-/* Prefetches the lines that begin in `bytes` bytes from base + offset on, at most 128, into the
- * second level: a phase may be more than the first one holds. */
-RF_INLINE void prefetch(const char *base, int offset, int bytes) {
-    if (bytes >= 64 || offset % 64 == 0) __builtin_prefetch(base + offset, 0, 2);
-    if (bytes > 64) __builtin_prefetch(base + offset + 64, 0, 2);
-}
-
-/* Addresses to prefetch while a phase reads its own rows, in the order in which they lie in memory.
- * A phase asks for as many as it reads, and, where it reads keys by blocks of RF_TB, for the rest
- * of its last block: there are always `wanted` + RF_TB of them. */
+/* Addresses to prefetch while a phase reads its own vectors, in the order in which they lie in
+ * memory. A phase asks for as many as it reads, and for the rest of its last block of tokens. */
 typedef struct rf_ahead {
-    const char *row[RF_TILE * RF_MAX_HEADS + RF_TB];
+    const char *row[RF_MANY_TILE * RF_MAX_HEADS + RF_SLACK];
 } rf_ahead;
 
 static void make_ahead(const rf_paged *x, const char *base, int64_t size, const int64_t *off, int n,
@@ -83,93 +91,35 @@ static void make_ahead(const rf_paged *x, const char *base, int64_t size, const 
             t = end;
         }
     }
-    while (m < wanted + RF_TB) a->row[m++] = base;
+    while (m < wanted + RF_SLACK) a->row[m++] = base;
 }
 
-/* The softmax of a tile for `rows` rows of scores with n tokens each, in base 2. Scores become
- * probabilities relative to the new maximum of their row, and alpha the factor for everything that
- * was summed before. All arrays have rf_pad_rows(rows) rows. */
-static void softmax_tile(float *scores, int32_t n, int64_t rows, float *max, float *sum,
-                         float *alpha, float *work) {
-    const int32_t full = (n + RF_W - 1) / RF_W * RF_W;
-    const vf none = vf_set1(-INFINITY);
-    /* Four rows at a time: their reductions share the shuffles. Rows past the last are scratch. */
-    for (int64_t r = 0; r < rows; r += 4) {
-        const float *s = scores + r * RF_SCORES;
-        vf top[4] = {none, none, none, none};
-        for (int32_t i = 0; i < full; i += RF_W)
-            for (int j = 0; j < 4; j++) top[j] = vf_max(vf_load(s + j * RF_SCORES + i), top[j]);
-        vf_hmax4(top, work + r);
-    }
-    for (int64_t r = 0; r < rows; r += RF_W) {
-        vf old = vf_load(max + r), new = vf_max(vf_load(work + r), old);
-        /* Nothing seen yet: any finite shift gives exp2(-inf) = 0, where -inf would give NaN. */
-        vf shift = vf_zero_if_equal(new, none);
-        vf_store(max + r, new);
-        vf_store(alpha + r, vf_exp2(vf_sub(old, shift)));
-        vf_store(work + r, shift);
-    }
-    for (int64_t r = 0; r < rows; r += 4) {
-        float *s = scores + r * RF_SCORES;
-        vf total[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
-        for (int32_t i = 0; i < full; i += RF_W)
-            for (int j = 0; j < 4; j++) {
-                vf e = vf_exp2(vf_sub(vf_load(s + j * RF_SCORES + i), vf_set1(work[r + j])));
-                vf_store(s + j * RF_SCORES + i, e);
-                total[j] = vf_add(total[j], e);
-            }
-        vf_hsum4(total, work + r);
-    }
-    for (int64_t r = 0; r < rows; r += RF_W)
-        vf_store(sum + r, vf_fma(vf_load(sum + r), vf_load(alpha + r), vf_load(work + r)));
+/* Scales are too few to be worth a place in the order of things. */
+static void prefetch_scales(const rf_scales *s, const int64_t *off, int n, int32_t head,
+                            int heads) {
+    for (int h = 0; h < heads; h++)
+        for (int t = 0; t < n; t += 16)
+            __builtin_prefetch(s->data + off[t] + (head + h) * s->head_stride, 0, 2);
 }
 
-/* See rf_state_floats. */
-typedef struct rf_state {
-    float *acc, *max, *sum;
-} rf_state;
-
-RF_INLINE rf_state state_at(float *base, int64_t rows, int64_t v_dim) {
-    float *max = base + rows * v_dim;
-    rf_state s = {base, max, max + rf_pad_rows(rows)};
-    return s;
+/* Prefetches go into the second level, as a phase may be more than the first one holds. */
+RF_INLINE void prefetch_row(const char *row, int bytes) {
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+}
+/* The lines that begin in the i-th `step` bytes of rows that follow one another, row_bytes each, a
+ * multiple of 64. Line after line between the arithmetic, as the memory likes it. */
+RF_INLINE void prefetch_step(const char *const *rows, int i, int step, int row_bytes) {
+    for (int at = (i * step + 63) / 64 * 64; at < (i + 1) * step; at += 64)
+        __builtin_prefetch(rows[at / row_bytes] + at % row_bytes, 0, 2);
 }
 
-/* The first tile of a part overwrites acc. */
-static void clear_sums(rf_state s, int64_t rows) {
-    for (int64_t r = 0; r < rf_pad_rows(rows); r++) {
-        s.max[r] = -INFINITY;
-        s.sum[r] = 0.0f;
-    }
-}
-
-static void clear_state(rf_state s, int64_t rows, int64_t v_dim) {
-    memset(s.acc, 0, (size_t)(rows * v_dim) * sizeof(float));
-    clear_sums(s, rows);
-}
-
-RF_INLINE float rf_exp2_of(float x) { return vf_first(vf_exp2(vf_set1(x))); }
-
-/* a = fold(a, b), b being the later part. Rows are padded to v_dim, but written by pairs of
- * vectors. */
-static void fold_state(rf_state a, rf_state b, int64_t rows, int64_t v_dim, int64_t v_head_dim) {
-    const int64_t pair = 2 * RF_W, used = (v_head_dim + pair - 1) / pair * pair;
-    for (int64_t r = 0; r < rows; r++) {
-        if (b.max[r] == -INFINITY) continue;
-        float top = a.max[r] > b.max[r] ? a.max[r] : b.max[r];
-        float fa = rf_exp2_of(a.max[r] - top), fb = rf_exp2_of(b.max[r] - top);
-        a.sum[r] = a.sum[r] * fa + b.sum[r] * fb;
-        a.max[r] = top;
-        float *pa = a.acc + r * v_dim, *pb = b.acc + r * v_dim;
-        vf va = vf_set1(fa), vb = vf_set1(fb);
-        for (int64_t i = 0; i < used; i += RF_W)
-            vf_store(pa + i, vf_fma(vf_load(pb + i), vb, vf_mul(vf_load(pa + i), va)));
-    }
-}
-
-static int64_t scratch_floats(const rf_attention_params *p, int64_t rows) {
-    return rows * rf_pad_dim(p->head_dim) + 2 * rf_state_floats(rows, p->v_head_dim) +
-           rf_pad_rows(rows) * (RF_SCORES + 2);
-}
+/* One phase of a tile and head: vectors to be read, and addresses to prefetch meanwhile. */
+typedef struct rf_phase {
+    const char *base;         /* of the head */
+    const int64_t *off;       /* of each token, in elements */
+    const char *const *ahead; /* one a token, n + RF_SLACK of them */
+    int n;                    /* tokens, at least 1 */
+    int dim;                  /* elements of a vector */
+} rf_phase;
 
 #endif

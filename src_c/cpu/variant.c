@@ -10,31 +10,13 @@
 #include "simd_portable.h"
 #endif
 
-#include "tile.h"
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+#define RF_HAVE_DOT 1
+#else
+#define RF_HAVE_DOT 0
+#endif
 
-#define T           float
-#define NAME(x)     x##_f32
-#define rf_ld2      rf_ld2_f32
-#define rf_ld2_part rf_ld2_part_f32
-#define rf_st2      rf_st2_f32
-#define rf_st2_part rf_st2_part_f32
-#include "attend.inc.h"
-
-#define T           uint16_t
-#define NAME(x)     x##_f16
-#define rf_ld2      rf_ld2_f16
-#define rf_ld2_part rf_ld2_part_f16
-#define rf_st2      rf_st2_f16
-#define rf_st2_part rf_st2_part_f16
-#include "attend.inc.h"
-
-#define T           uint16_t
-#define NAME(x)     x##_bf16
-#define rf_ld2      rf_ld2_bf16
-#define rf_ld2_part rf_ld2_part_bf16
-#define rf_st2      rf_st2_bf16
-#define rf_st2_part rf_st2_part_bf16
-#include "attend.inc.h"
+#include "attend.h"
 
 #define RF_JOIN_(a, b) a##b
 #define RF_JOIN(a, b)  RF_JOIN_(a, b)
@@ -44,6 +26,6 @@
 const rf_kernels RF_JOIN(rf_kernels_, RF_VARIANT) = {
     .name = RF_STR(RF_VARIANT),
     .scratch_floats = scratch_floats,
-    .attend = {attend_f32, attend_f16, attend_bf16},
-    .merge = {merge_f32, merge_f16, merge_bf16},
+    .attend = attend,
+    .merge = merge,
 };

@@ -1,0 +1,417 @@
+/* Attention of a task: tiles of its context, scores, softmax, values; then the output.
+ *
+ * A task holds `rows` rows (query tokens x group) for each of its key/value heads. Per tile: the
+ * scores of all heads, the softmax of each row, then the values of all heads: the keys of a tile,
+ * its values, the keys of the next, as they lie in memory, so that while one is computed with, the
+ * next is on its way. Everything but keys and values is float32 and stays in the caches. */
+#ifndef RF_CPU_ATTEND_H
+#define RF_CPU_ATTEND_H
+
+#include "dot.h"
+
+/* The two products for a type of cache and query. Rows of queries are query_size bytes an element,
+ * and a tile's scores have one of the two forms in softmax.h. */
+typedef struct rf_products {
+    int query_size;
+    int chunk; /* elements that a row of queries and of sums is padded to */
+    /* One query as a row, zero to the end of its last chunk. */
+    void (*query)(const void *query, int dim, void *row);
+    void (*scores_few)(const void *q, int64_t ldq, const rf_phase *x, int64_t rows, float factor,
+                       float *s);
+    void (*scores_many)(const void *q, int64_t ld, const rf_phase *x, float factor, float *s,
+                        void *work);
+    /* acc = acc * alpha + p v; alpha NULL: acc = p v. p is scratch afterwards. */
+    void (*values_few)(float *acc, int64_t lda, const float *alpha, float *p, const rf_phase *x,
+                       int64_t rows, void *work);
+    void (*values_many)(float *acc, int64_t lda, const float *alpha, float *p, int64_t ld,
+                        const rf_phase *x, int64_t rows, void *work);
+    void (*pack)(vf a, vf b, float *out); /* for softmax_many */
+    /* f times a row of sums, as the output's type. */
+    void (*finish)(const float *acc, int dim, float f, void *out);
+} rf_products;
+
+/* Rows of queries in float32, and rows of sums as outputs: for each type, whole pairs of vectors and
+ * a part. */
+#define RF_QUERY(name, T)                                                                          \
+    static void query_##name(const void *query, int dim, void *row) {                              \
+        const T *q = query;                                                                        \
+        float *to = row;                                                                           \
+        for (int c = 0; c < dim; c += 2 * RF_W) {                                                  \
+            vf a, b;                                                                               \
+            if (dim - c >= 2 * RF_W) rf_ld2_##name(q + c, &a, &b);                                 \
+            else rf_ld2_part_##name(q + c, dim - c, &a, &b);                                       \
+            vf_store(to + c, a);                                                                   \
+            vf_store(to + c + RF_W, b);                                                            \
+        }                                                                                          \
+    }                                                                                              \
+    static void finish_##name(const float *acc, int dim, float f, void *out) {                     \
+        T *to = out;                                                                               \
+        for (int c = 0; c < dim; c += 2 * RF_W) {                                                  \
+            vf a = vf_mul(vf_load(acc + c), vf_set1(f));                                           \
+            vf b = vf_mul(vf_load(acc + c + RF_W), vf_set1(f));                                    \
+            if (dim - c >= 2 * RF_W) rf_st2_##name(to + c, a, b);                                  \
+            else rf_st2_part_##name(to + c, dim - c, a, b);                                        \
+        }                                                                                          \
+    }
+RF_QUERY(f32, float)
+RF_QUERY(f16, uint16_t)
+#if !RF_HAVE_DOT
+RF_QUERY(bf16, uint16_t)
+RF_QUERY(bf16n, uint16_t) /* over caches whose elements keep their order */
+#endif
+
+#define RF_FLOAT(q, kv)                                                                            \
+    {4, 2 * RF_W, query_##q, qk_few_##kv, qk_many_##kv, pv_few_##kv, pv_many_##kv, NULL, finish_##q}
+#if RF_HAVE_DOT
+#define RF_DOT(kv)                                                                                 \
+    {2,                                                                                            \
+     64,                                                                                           \
+     query_dot_##kv,                                                                               \
+     qk_few_dot_##kv,                                                                              \
+     qk_many_dot_##kv,                                                                             \
+     pv_few_dot_##kv,                                                                              \
+     pv_many_dot_##kv,                                                                             \
+     pack_pair,                                                                                    \
+     finish_dot_##kv}
+#else
+#define RF_DOT(kv) RF_FLOAT(bf16n, kv)
+#endif
+
+static const rf_products rf_same_type[RF_NUM_WIDE_DTYPES] = {
+    [RF_F32] = RF_FLOAT(f32, f32),
+    [RF_F16] = RF_FLOAT(f16, f16),
+#if RF_HAVE_DOT
+    [RF_BF16] = RF_DOT(bf16),
+#else
+    [RF_BF16] = RF_FLOAT(bf16, bf16),
+#endif
+};
+/* Queries of each wide type over each 8-bit cache. */
+static const rf_products rf_8bit[RF_NUM_WIDE_DTYPES][RF_NUM_DTYPES - RF_NUM_WIDE_DTYPES] = {
+    [RF_F32] = {RF_FLOAT(f32, e4m3fn), RF_FLOAT(f32, e4m3fnuz), RF_FLOAT(f32, i8)},
+    [RF_F16] = {RF_FLOAT(f16, e4m3fn), RF_FLOAT(f16, e4m3fnuz), RF_FLOAT(f16, i8)},
+    [RF_BF16] = {RF_DOT(e4m3fn), RF_DOT(e4m3fnuz), RF_DOT(i8)},
+};
+
+RF_INLINE const rf_products *products_of(const rf_attention_params *p) {
+    if (p->kv_dtype < RF_NUM_WIDE_DTYPES) return &rf_same_type[p->kv_dtype];
+    return &rf_8bit[p->dtype][p->kv_dtype - RF_NUM_WIDE_DTYPES];
+}
+
+static const int8_t rf_size[RF_NUM_DTYPES] = {4, 2, 2, 1, 1, 1};
+
+/* Rows of a head: how many there are, and how many it takes in scratch and states. */
+typedef struct rf_shape {
+    int64_t group, rows, head_rows, all; /* all: head_rows of all heads */
+    int64_t q_dim, v_dim, used;          /* used: of v_dim, what the kernels write */
+    int heads, many;
+} rf_shape;
+
+static rf_shape shape_of(const rf_attention_params *p, const rf_products *f, int64_t num_q,
+                         int heads) {
+    rf_shape s;
+    s.group = p->num_heads / p->num_kv_heads;
+    s.rows = num_q * s.group;
+    s.head_rows = rf_head_rows(s.rows);
+    s.heads = heads;
+    s.all = heads * s.head_rows;
+    s.many = s.rows >= RF_MANY_ROWS;
+    s.q_dim = rf_pad_dim(p->head_dim);
+    s.v_dim = rf_pad_dim(p->v_head_dim);
+    s.used = (p->v_head_dim + f->chunk - 1) / f->chunk * f->chunk;
+    return s;
+}
+
+static int64_t score_floats(int64_t head_rows, int64_t heads) {
+    if (head_rows >= RF_MANY_ROWS) return heads * head_rows * (RF_MANY_TILE + RF_SLACK);
+    return rf_pad_rows(heads * head_rows) * RF_FEW_LD;
+}
+#define RF_TOKENS (RF_MANY_TILE + RF_SLACK) /* of arrays with one float a token */
+
+static int64_t scratch_floats(const rf_attention_params *p, int64_t rows, int64_t heads) {
+    const int64_t head_rows = rf_head_rows(rows), all = heads * head_rows;
+    const int64_t q_dim = rf_pad_dim(p->head_dim), v_dim = rf_pad_dim(p->v_head_dim);
+    const int64_t row = q_dim > v_dim ? q_dim : v_dim;
+    return all * q_dim + 2 * rf_state_floats(all, p->v_head_dim) + score_floats(head_rows, heads) +
+           4 * rf_pad_rows(all) + 3 * RF_TOKENS + (rows < RF_MANY_ROWS ? row : RF_MANY_TILE * row);
+}
+
+/* The queries of a head, as rows, or with many rows as columns: q[unit * head_rows + row], a unit
+ * being 4 bytes. */
+static void load_queries(const rf_attention_params *p, const rf_products *f, const rf_shape *s,
+                         int64_t token, int32_t head, char *q, float *work) {
+    const int size = rf_size[p->dtype];
+    const char *from = p->query.data;
+    if (s->many) memset(q, 0, (size_t)(s->head_rows * s->q_dim) * 4);
+    for (int64_t r = 0; r < s->rows; r++) {
+        const char *row = from + ((token + r / s->group) * p->query.token_stride +
+                                  (head * s->group + r % s->group) * p->query.head_stride) *
+                                     size;
+        if (!s->many) {
+            f->query(row, p->head_dim, q + r * s->q_dim * f->query_size);
+            continue;
+        }
+        f->query(row, p->head_dim, work);
+        const int64_t dim = (p->head_dim + f->chunk - 1) / f->chunk * f->chunk;
+        const int64_t units = dim * f->query_size / 4;
+        for (int64_t i = 0; i < units; i++)
+            memcpy(q + (i * s->head_rows + r) * 4, (const char *)work + i * 4, 4);
+    }
+}
+
+/* Factors that all of a head's tokens share. */
+RF_INLINE float head_scale(const rf_attention_params *p, const rf_scales *s, int64_t head) {
+    if (p->kv_dtype < RF_NUM_WIDE_DTYPES || scales_by_token(p, s)) return 1.0f;
+    return s->data ? s->data[head * s->head_stride] : s->value;
+}
+static const float *token_scales(const rf_attention_params *p, const rf_scales *s,
+                                 const int64_t *off, int n, int64_t head, float *out) {
+    if (!scales_by_token(p, s)) return NULL;
+    for (int t = 0; t < n; t++) out[t] = s->data[off[t] + head * s->head_stride];
+    for (int t = n; t < n + RF_SLACK; t++) out[t] = 0.0f; /* whole vectors are read */
+    return out;
+}
+
+/* The scores that a query must not see become -inf; with few rows, so do those past the end of the
+ * tile, up to whole vectors. */
+static void mask_scores(const rf_attention_params *p, const rf_shape *s, const rf_seq *seq,
+                        int64_t q0, int64_t num_q, const rf_tile *t, float *scores) {
+    const int n = t->n, full = s->many ? n : (n + RF_W - 1) / RF_W * RF_W;
+    const int64_t step = s->many ? s->head_rows * (RF_MANY_TILE + RF_SLACK) : s->rows * RF_FEW_LD;
+    const int64_t row_step = s->many ? 1 : RF_FEW_LD, token_step = s->many ? s->head_rows : 1;
+    for (int64_t i = 0; i < num_q; i++) {
+        const int64_t first = rf_first(p, seq, q0 + i), new = seq->kv_len - seq->q_len;
+        const int from = t->pos[0] >= first ? 0 : tokens_before(t, first);
+        const int to = tokens_before(t, rf_visible(p, seq, q0 + i));
+        const uint8_t *mask = NULL;
+        if (p->mask && n > 0 && t->pos[n - 1] >= new)
+            mask = p->mask + (seq->q_start + q0 + i) * p->mask_stride;
+        if (from == 0 && to == full && !mask) continue;
+        for (int j = 0; j < full; j++) {
+            if (j >= from && j < to &&
+                !(mask && t->pos[j] >= new && !mask[t->pos[j] - new]))
+                continue;
+            for (int64_t h = 0; h < s->heads; h++) {
+                float *at = scores + h * step + i * s->group * row_step + j * token_step;
+                for (int64_t g = 0; g < s->group; g++) at[g * row_step] = -INFINITY;
+            }
+        }
+    }
+}
+
+/* Sums become outputs: the sink takes its part of the denominator. */
+static void store_rows(const rf_attention_params *p, const rf_products *f, const rf_shape *s,
+                       int64_t token, int32_t head, rf_state st) {
+    const int size = rf_size[p->dtype];
+    for (int64_t h = 0; h < s->heads; h++)
+        for (int64_t r = 0; r < s->rows; r++) {
+            const int64_t at = h * s->head_rows + r, row = token + r / s->group;
+            const int64_t out_head = (head + h) * s->group + r % s->group;
+            float sum = st.sum[at], max = st.max[at], factor = 1.0f;
+            if (p->sinks) {
+                const float sink = p->sinks[out_head] * RF_LOG2E, top = sink > max ? sink : max;
+                if (top > -INFINITY) {
+                    factor = rf_exp2_of(max - top);
+                    sum = sum * factor + rf_exp2_of(sink - top);
+                    max = top;
+                }
+            }
+            factor = sum == 0.0f ? 0.0f : factor / sum; /* no visible key: zeros */
+            factor *= head_scale(p, &p->v_scale, head + h);
+            f->finish(st.acc + at * s->v_dim, p->v_head_dim, factor,
+                      (char *)p->out.data +
+                          (row * p->out.token_stride + out_head * p->out.head_stride) * size);
+            if (p->lse)
+                p->lse[row * p->num_heads + out_head] =
+                    sum == 0.0f ? -INFINITY : max * RF_LN2 + logf(sum);
+        }
+}
+
+/* What a task carries from tile to tile. */
+typedef struct rf_work {
+    const rf_attention_params *p;
+    const rf_products *f;
+    rf_shape shape;
+    rf_seq seq;
+    const rf_task *task;
+    const char *k, *v; /* of the task's first head */
+    char *q;
+    float *scores, *alpha, *work, *slope, *position, *key, *k_scale, *v_scale, *wide;
+    rf_ahead ahead;
+} rf_work;
+
+RF_INLINE float *scores_at(const rf_work *w, int h) {
+    if (w->shape.many) return w->scores + h * w->shape.head_rows * (RF_MANY_TILE + RF_SLACK);
+    return w->scores + h * w->shape.rows * RF_FEW_LD;
+}
+
+/* Scale by token, soft cap and ALiBi, of one head. */
+static void change_logits(rf_work *w, const rf_tile *t, int h, float *s) {
+    const rf_attention_params *p = w->p;
+    const rf_shape *shape = &w->shape;
+    rf_logits l = {
+        .scale = token_scales(p, &p->k_scale, t->k_scale, t->n, w->task->head + h, w->k_scale),
+        .cap = p->softcap * RF_LOG2E,
+        .alibi = p->alibi_slopes != NULL,
+        .slope = w->slope + h * shape->head_rows,
+        .query = w->position,
+        .key = w->key,
+    };
+    if (l.alibi) {
+        const int64_t own = w->seq.kv_len - w->seq.q_len + w->task->q0 - t->pos[0];
+        for (int i = 0; i < t->n; i++) w->key[i] = (float)(t->pos[i] - t->pos[0]);
+        for (int i = t->n; i < t->n + RF_SLACK; i++) w->key[i] = 0.0f;
+        for (int64_t r = 0; r < shape->rows; r++)
+            w->position[r] = (float)(own + r / shape->group);
+    }
+    if (shape->many) logits_many(s, shape->head_rows, t->n, &l);
+    else logits_few(s, t->n, shape->rows, &l);
+}
+
+static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state st, int fresh) {
+    const rf_attention_params *p = w->p;
+    const rf_products *f = w->f;
+    const rf_shape *s = &w->shape;
+    const int heads = s->heads, n = t->n, size = rf_size[p->kv_dtype];
+    const float base = p->scale * RF_LOG2E;
+    const int features = p->softcap != 0.0f || p->alibi_slopes || scales_by_token(p, &p->k_scale);
+
+    make_ahead(&p->v, w->v, size, t->v, n, heads, n * heads, &w->ahead);
+    for (int h = 0; h < heads; h++) {
+        const rf_phase x = {w->k + h * p->k.head_stride * size, t->k, w->ahead.row + h * n, n,
+                            p->head_dim};
+        const char *q = w->q + h * s->head_rows * s->q_dim * 4;
+        const float factor = base * head_scale(p, &p->k_scale, w->task->head + h);
+        if (s->many) f->scores_many(q, s->head_rows, &x, factor, scores_at(w, h), w->wide);
+        else f->scores_few(q, s->q_dim, &x, s->rows, factor, scores_at(w, h));
+        if (features) change_logits(w, t, h, scores_at(w, h));
+    }
+    mask_scores(p, s, &w->seq, w->task->q0, w->task->num_q, t, w->scores);
+
+    if (!s->many) softmax_few(w->scores, n, s->all, st.max, st.sum, w->alpha, w->work);
+    for (int h = 0; h < heads; h++) {
+        const int64_t r = h * s->head_rows;
+        const float *scale = token_scales(p, &p->v_scale, t->v_scale, n, w->task->head + h,
+                                          w->v_scale);
+        float *to = scores_at(w, h);
+        if (s->many && f->pack)
+            softmax_many(to, s->head_rows, n, st.max + r, st.sum + r, w->alpha + r, scale, f->pack);
+        else if (s->many)
+            softmax_many(to, s->head_rows, n, st.max + r, st.sum + r, w->alpha + r, scale, NULL);
+        else if (scale)
+            for (int64_t i = 0; i < s->rows; i++)
+                for (int j = 0; j < n; j += RF_W) {
+                    float *at = to + i * RF_FEW_LD + j;
+                    vf_store(at, vf_mul(vf_load(at), vf_load(scale + j)));
+                }
+    }
+
+    if (next) {
+        make_ahead(&p->k, w->k, size, next->k, next->n, heads, n * heads, &w->ahead);
+        if (scales_by_token(p, &p->k_scale))
+            prefetch_scales(&p->k_scale, next->k_scale, next->n, w->task->head, heads);
+        if (scales_by_token(p, &p->v_scale))
+            prefetch_scales(&p->v_scale, next->v_scale, next->n, w->task->head, heads);
+    }
+    for (int h = 0; h < heads; h++) {
+        const int64_t r = h * s->head_rows;
+        const rf_phase x = {w->v + h * p->v.head_stride * size, t->v, w->ahead.row + h * n, n,
+                            p->v_head_dim};
+        float *acc = st.acc + r * s->v_dim, *to = scores_at(w, h);
+        const float *alpha = fresh ? NULL : w->alpha + r;
+        if (s->many) f->values_many(acc, s->v_dim, alpha, to, s->head_rows, &x, s->rows, w->wide);
+        else f->values_few(acc, s->v_dim, alpha, to, &x, s->rows, w->wide);
+    }
+}
+
+static void attend(const rf_attention_params *p, const rf_task *task, float *scratch,
+                   float *states, int32_t first_part) {
+    rf_work w = {.p = p, .f = products_of(p), .task = task, .seq = rf_seq_of(p, task->seq)};
+    w.shape = shape_of(p, w.f, task->num_q, task->num_heads);
+    const rf_shape *s = &w.shape;
+    const int size = rf_size[p->kv_dtype];
+    const int64_t state = rf_state_floats(s->all, p->v_head_dim);
+    w.k = (const char *)p->k.data + task->head * p->k.head_stride * size;
+    w.v = (const char *)p->v.data + task->head * p->v.head_stride * size;
+
+    float *whole = scratch, *later = whole + state;
+    w.q = (char *)(later + state);
+    w.scores = (float *)(void *)w.q + s->all * s->q_dim;
+    w.alpha = w.scores + score_floats(s->head_rows, s->heads);
+    w.work = w.alpha + rf_pad_rows(s->all);
+    w.slope = w.work + rf_pad_rows(s->all);
+    w.position = w.slope + rf_pad_rows(s->all);
+    w.key = w.position + rf_pad_rows(s->all);
+    w.k_scale = w.key + RF_TOKENS;
+    w.v_scale = w.k_scale + RF_TOKENS;
+    w.wide = w.v_scale + RF_TOKENS;
+
+    const int64_t token = w.seq.q_start + task->q0;
+    for (int h = 0; h < s->heads; h++)
+        load_queries(p, w.f, s, token, task->head + h, w.q + h * s->head_rows * s->q_dim * 4,
+                     w.wide);
+    if (p->alibi_slopes) {
+        for (int64_t r = 0; r < rf_pad_rows(s->all); r++) w.slope[r] = w.position[r] = 0.0f;
+        for (int h = 0; h < s->heads; h++)
+            for (int64_t r = 0; r < s->rows; r++)
+                w.slope[h * s->head_rows + r] =
+                    p->alibi_slopes[(task->head + h) * s->group + r % s->group] * RF_LOG2E;
+    }
+
+    const int64_t first = rf_first(p, &w.seq, task->q0);
+    const int64_t visible = rf_visible(p, &w.seq, task->q0 + task->num_q - 1);
+    const int64_t part_end = (int64_t)task->part1 * RF_PART;
+    const int64_t last = visible < part_end ? visible : part_end;
+    const int64_t length = s->many ? RF_MANY_TILE : RF_FEW_TILE;
+    int64_t pos = (int64_t)task->part0 * RF_PART > first ? (int64_t)task->part0 * RF_PART : first;
+    rf_tile tiles[2];
+    int now = 0;
+    if (!states) clear_state(state_at(whole, s->all, s->v_dim), s->all, s->v_dim);
+    if (pos < last) {
+        const int64_t end = (pos / RF_PART + 1) * RF_PART < last ? (pos / RF_PART + 1) * RF_PART : last;
+        make_tile(p, &w.seq, pos, pos + length < end ? pos + length : end, &tiles[0]);
+    }
+    for (int64_t part = task->part0; part < task->part1; part++) {
+        const int in_place = !states && part * RF_PART <= first;
+        rf_state st = state_at(states ? states + (part - first_part) * state
+                               : in_place ? whole
+                                          : later,
+                               s->all, s->v_dim);
+        const int64_t end = (part + 1) * RF_PART < last ? (part + 1) * RF_PART : last;
+        int fresh = 1;
+        clear_sums(st, s->all);
+        while (pos < end) {
+            const rf_tile *t = &tiles[now];
+            rf_tile *next = NULL;
+            pos = pos + length < end ? pos + length : end;
+            if (pos < last) { /* what is read next can be prefetched when it is known */
+                const int64_t limit = (pos / RF_PART + 1) * RF_PART < last ? (pos / RF_PART + 1) * RF_PART : last;
+                next = &tiles[now ^= 1];
+                make_tile(p, &w.seq, pos, pos + length < limit ? pos + length : limit, next);
+            }
+            if (t->n == 0) continue;
+            add_tile(&w, t, next, st, fresh);
+            fresh = 0;
+        }
+        if (fresh) memset(st.acc, 0, (size_t)(s->all * s->v_dim) * sizeof(float));
+        else if (!states && !in_place)
+            fold_state(state_at(whole, s->all, s->v_dim), st, s->heads, s->head_rows, s->rows,
+                       s->v_dim, s->used);
+    }
+    if (!states)
+        store_rows(p, w.f, s, token, task->head, state_at(whole, s->all, s->v_dim));
+}
+
+static void merge(const rf_attention_params *p, const rf_merge *m, float *states) {
+    const rf_products *f = products_of(p);
+    const rf_seq seq = rf_seq_of(p, m->seq);
+    const rf_shape s = shape_of(p, f, m->num_q, m->num_heads);
+    const int64_t state = rf_state_floats(s.all, p->v_head_dim);
+    rf_state whole = state_at(states, s.all, s.v_dim);
+    for (int32_t i = 1; i < m->num_parts; i++)
+        fold_state(whole, state_at(states + i * state, s.all, s.v_dim), s.heads, s.head_rows,
+                   s.rows, s.v_dim, s.used);
+    store_rows(p, f, &s, seq.q_start + m->q0, m->head, whole);
+}
+
+#endif

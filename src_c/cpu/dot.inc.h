@@ -1,0 +1,265 @@
+/* Dot products of bfloat16 pairs over one storage type T: included once for each by dot.h.
+ *
+ * Storage is handled by 64 elements, which become two registers of bfloat16 in an order of their
+ * own: words stay as they are, bytes split into the lower and the upper half of each 16. Queries
+ * are put into the same order. */
+
+/* 64 elements from p, of which n exist. */
+RF_INLINE void NAME(words)(const rf_table *table, const T *p, int n, __m512i *a, __m512i *b) {
+#if RF_WORDS
+    (void)table;
+    load_words(p, n, a, b);
+#else
+    __m512i hi, lo;
+    rf_bytes(table, load_bytes(p, n), &hi, &lo);
+    *a = _mm512_unpacklo_epi8(lo, hi);
+    *b = _mm512_unpackhi_epi8(lo, hi);
+#endif
+}
+
+/* The same of two tokens, as pairs of them. */
+RF_INLINE void NAME(pairs)(const rf_table *table, const T *p, const T *q, int n, __m512i out[4]) {
+#if RF_WORDS
+    __m512i a, b, c, d;
+    (void)table;
+    load_words(p, n, &a, &b);
+    load_words(q, n, &c, &d);
+    out[0] = _mm512_unpacklo_epi16(a, c);
+    out[1] = _mm512_unpackhi_epi16(a, c);
+    out[2] = _mm512_unpacklo_epi16(b, d);
+    out[3] = _mm512_unpackhi_epi16(b, d);
+#else
+    __m512i a = load_bytes(p, n), b = load_bytes(q, n), hi, lo;
+    rf_bytes(table, _mm512_unpacklo_epi8(a, b), &hi, &lo);
+    out[0] = _mm512_unpacklo_epi8(lo, hi);
+    out[1] = _mm512_unpackhi_epi8(lo, hi);
+    rf_bytes(table, _mm512_unpackhi_epi8(a, b), &hi, &lo);
+    out[2] = _mm512_unpacklo_epi8(lo, hi);
+    out[3] = _mm512_unpackhi_epi8(lo, hi);
+#endif
+}
+
+/* A query in the order of words(), padded with zeros. */
+static void NAME(query)(const void *query, int dim, void *out) {
+    for (int c = 0; c < dim; c += 64) {
+        __m512i a, b;
+        load_words((const uint16_t *)query + c, dim - c, &a, &b);
+#if !RF_WORDS
+        const __m512i lower = _mm512_set_epi64(
+            0x0037003600350034, 0x0033003200310030, 0x0027002600250024, 0x0023002200210020,
+            0x0017001600150014, 0x0013001200110010, 0x0007000600050004, 0x0003000200010000);
+        __m512i whole = a;
+        a = _mm512_permutex2var_epi16(whole, lower, b);
+        b = _mm512_permutex2var_epi16(whole, _mm512_add_epi16(lower, _mm512_set1_epi16(8)), b);
+#endif
+        _mm512_storeu_si512((uint16_t *)out + c, a);
+        _mm512_storeu_si512((uint16_t *)out + c + 32, b);
+    }
+}
+
+/* Scores of rb rows with four tokens; u: which four of the tile. fixed: dim is known when
+ * compiling, a multiple of 64. */
+RF_INLINE void NAME(qk_block)(const rf_table *table, const uint16_t *q, int64_t ldq,
+                              const T *const k[4], const char *const *ahead, int u, int dim,
+                              int fixed, int rb, vf factor, float *s) {
+    vf acc[4][4];
+    for (int r = 0; r < rb; r++)
+        for (int t = 0; t < 4; t++) acc[r][t] = vf_zero();
+    const int step = 4 * 64 * (int)sizeof(T), bytes = dim * (int)sizeof(T);
+    if (ahead && !fixed)
+        for (int t = 0; t < 4; t++) prefetch_row(ahead[u * 4 + t], bytes);
+    for (int c = 0; c < dim; c += 64) {
+        __m512i ka[4], kb[4];
+#pragma GCC unroll 4
+        for (int t = 0; t < 4; t++) NAME(words)(table, k[t] + c, dim - c, &ka[t], &kb[t]);
+        if (ahead && fixed) prefetch_step(ahead, u * (dim / 64) + c / 64, step, bytes);
+#pragma GCC unroll 4
+        for (int r = 0; r < rb; r++) {
+            __m512i qa = _mm512_loadu_si512(q + r * ldq + c);
+            __m512i qb = _mm512_loadu_si512(q + r * ldq + c + 32);
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; t++) acc[r][t] = vf_dot(acc[r][t], qa, ka[t]);
+#pragma GCC unroll 4
+            for (int t = 0; t < 4; t++) acc[r][t] = vf_dot(acc[r][t], qb, kb[t]);
+        }
+    }
+    rf_reduce(acc, rb, factor, s + u * 4, RF_FEW_LD);
+}
+
+RF_INLINE void NAME(qk_tokens)(const uint16_t *q, int64_t ldq, const rf_phase *x,
+                               const char *const *ahead, int dim, int fixed, int rb, vf factor,
+                               float *s) {
+    const rf_table table = table_of(RF_TABLE);
+    for (int t = 0; t < x->n; t += 4) {
+        const T *k[4];
+        for (int i = 0; i < 4; i++) /* past the end: scores nobody reads */
+            k[i] = (const T *)x->base + x->off[t + i < x->n ? t + i : x->n - 1];
+        NAME(qk_block)(&table, q, ldq, k, ahead, t / 4, dim, fixed, rb, factor, s);
+    }
+}
+
+/* The first block of rows prefetches, the others find the keys in the cache. */
+RF_INLINE void NAME(qk_rows)(const uint16_t *q, int64_t ldq, const rf_phase *x, int dim, int fixed,
+                             int64_t rows, vf factor, float *s) {
+    const char *const *ahead = x->ahead;
+    for (int64_t r = 0; r < rows; r += 4, ahead = NULL, q += 4 * ldq, s += 4 * RF_FEW_LD)
+        switch (rows - r) {
+        case 1: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 1, factor, s); break;
+        case 2: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 2, factor, s); break;
+        case 3: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 3, factor, s); break;
+        default: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 4, factor, s); break;
+        }
+}
+
+static void NAME(qk_few)(const void *query, int64_t ldq, const rf_phase *x, int64_t rows,
+                         float factor, float *s) {
+    const uint16_t *q = query;
+    const vf f = vf_set1(factor);
+    switch (x->dim) {
+    case 64: NAME(qk_rows)(q, ldq, x, 64, 1, rows, f, s); break;
+    case 128: NAME(qk_rows)(q, ldq, x, 128, 1, rows, f, s); break;
+    default: NAME(qk_rows)(q, ldq, x, x->dim, 0, rows, f, s); break;
+    }
+}
+
+/* acc = acc * alpha + p v for rb rows and the 64 elements from c on; p: pairs of tokens. */
+RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
+                              const rf_phase *x, const char *const *ahead, int dim, int fixed,
+                              int c, int rb) {
+    const rf_table table = table_of(RF_TABLE);
+    const T *base = (const T *)x->base + c;
+    vf a[4][4];
+    acc += c;
+#pragma GCC unroll 4
+    for (int r = 0; r < rb; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            a[r][j] =
+                alpha ? vf_mul(vf_load(acc + r * lda + j * 16), vf_set1(alpha[r])) : vf_zero();
+    const int pairs = (x->n + 1) / 2, step = 2 * 64 * (int)sizeof(T);
+    const int bytes = dim * (int)sizeof(T);
+    for (int t = 0; t < pairs; t++) {
+        __m512i v[4];
+        const int64_t second = 2 * t + 1 < x->n ? 2 * t + 1 : 2 * t; /* its probability is 0 */
+        NAME(pairs)(&table, base + x->off[2 * t], base + x->off[second], dim - c, v);
+        if (ahead && fixed) prefetch_step(ahead, c / 64 * pairs + t, step, bytes);
+        else if (ahead && c == 0)
+            prefetch_row(ahead[2 * t], bytes), prefetch_row(ahead[2 * t + 1], bytes);
+#pragma GCC unroll 4
+        for (int r = 0; r < rb; r++) {
+            __m512i y = _mm512_set1_epi32((int)p[r * RF_FEW_LD + t]);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) a[r][j] = vf_dot(a[r][j], v[j], y);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rb; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) vf_store(acc + r * lda + j * 16, a[r][j]);
+}
+
+RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
+                             const rf_phase *x, int dim, int fixed, int64_t rows) {
+    for (int64_t r = 0; r < rows; r += 4) {
+        const char *const *ahead = r ? NULL : x->ahead;
+        const float *factor = alpha ? alpha + r : NULL;
+        float *to = acc + r * lda;
+        const uint32_t *pr = p + r * RF_FEW_LD;
+        for (int c = 0; c < dim; c += 64)
+            switch (rows - r) {
+            case 1: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 1); break;
+            case 2: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 2); break;
+            case 3: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 3); break;
+            default: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 4); break;
+            }
+    }
+}
+
+static void NAME(pv_few)(float *acc, int64_t lda, const float *alpha, float *p, const rf_phase *x,
+                         int64_t rows, void *work) {
+    (void)work;
+    for (int64_t r = 0; r < rows; r++) pack_row(p + r * RF_FEW_LD, x->n);
+    const uint32_t *q = (const uint32_t *)(const void *)p;
+    switch (x->dim) {
+    case 64: NAME(pv_rows)(acc, lda, alpha, q, x, 64, 1, rows); break;
+    case 128: NAME(pv_rows)(acc, lda, alpha, q, x, 128, 1, rows); break;
+    default: NAME(pv_rows)(acc, lda, alpha, q, x, x->dim, 0, rows); break;
+    }
+}
+
+/* Values of a tile as pairs of tokens, ld pairs from one to the next. */
+static void NAME(pack_values)(const rf_phase *x, uint32_t *out, int64_t ld) {
+    const rf_table table = table_of(RF_TABLE);
+    for (int t = 0; t < x->n; t += 2, out += ld) {
+        const int second = t + 1 < x->n ? t + 1 : t; /* its probability is 0 */
+        const T *p = (const T *)x->base + x->off[t], *q = (const T *)x->base + x->off[second];
+        prefetch_row(x->ahead[t], x->dim * (int)sizeof(T));
+        prefetch_row(x->ahead[t + 1], x->dim * (int)sizeof(T));
+        for (int c = 0; c < x->dim; c += 64) {
+            __m512i v[4];
+            NAME(pairs)(&table, p + c, q + c, x->dim - c, v);
+            for (int j = 0; j < 4; j++) _mm512_storeu_si512(out + c + j * 16, v[j]);
+        }
+    }
+}
+
+#if !RF_WORDS
+/* Keys of a tile as bfloat16, in the order of words(). */
+static void NAME(widen)(const rf_phase *x, uint16_t *out, int64_t ld) {
+    const rf_table table = table_of(RF_TABLE);
+    for (int t = 0; t < x->n; t++, out += ld) {
+        const T *p = (const T *)x->base + x->off[t];
+        prefetch_row(x->ahead[t], x->dim * (int)sizeof(T));
+        for (int c = 0; c < x->dim; c += 64) {
+            __m512i a, b;
+            NAME(words)(&table, p + c, x->dim - c, &a, &b);
+            _mm512_storeu_si512(out + c, a);
+            _mm512_storeu_si512(out + c + 32, b);
+        }
+    }
+}
+#endif
+
+static void NAME(qk_many)(const void *query, int64_t ld, const rf_phase *x, float factor, float *s,
+                          void *work) {
+#if RF_WORDS
+    (void)work;
+    dot_scores_many(query, ld, x, factor, s);
+#else
+    const int dim = (int)rf_pad_dim(x->dim); /* the order is that of whole 64 */
+    rf_wide w;
+    NAME(widen)(x, work, dim);
+    widened(&w, x, work, dim, dim);
+    dot_scores_many(query, ld, &w.phase, factor, s);
+#endif
+}
+
+static void NAME(pv_many)(float *acc, int64_t lda, const float *alpha, float *p, int64_t ld,
+                          const rf_phase *x, int64_t rows, void *work) {
+    NAME(pack_values)(x, work, lda);
+    dot_values_many(acc, lda, alpha, p, ld, work, x->n, x->dim, rows);
+}
+
+/* A row of sums, times f, as the output. */
+static void NAME(finish)(const float *acc, int dim, float f, void *out) {
+    for (int c = 0; c < dim; c += 64) {
+        vf v[4];
+        for (int j = 0; j < 4; j++) v[j] = vf_mul(vf_load(acc + c + 16 * j), vf_set1(f));
+#if RF_WORDS
+        natural_words(v);
+#else
+        natural_bytes(v);
+#endif
+        uint16_t *to = (uint16_t *)out + c;
+        uint64_t mask = dim - c >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << (dim - c)) - 1;
+        _mm512_mask_storeu_epi16(to, (__mmask32)mask, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
+        _mm512_mask_storeu_epi16(to + 32, (__mmask32)(mask >> 32),
+                                 (__m512i)_mm512_cvtne2ps_pbh(v[3], v[2]));
+    }
+}
+
+#undef T
+#undef NAME
+#undef RF_WORDS
+#undef RF_TABLE
+#undef rf_bytes

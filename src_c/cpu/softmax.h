@@ -1,0 +1,193 @@
+/* From scores to probabilities: features of the logits, masks, online softmax, and its states.
+ *
+ * Scores of a head come in one of two forms. With few rows, s[row * ld + token]; with many,
+ * s[token * ld + row]. They are logits in base 2: times log2(e). */
+#ifndef RF_CPU_SOFTMAX_H
+#define RF_CPU_SOFTMAX_H
+
+#include "tile.h"
+
+#define RF_LOG2E 1.44269504088896340736f
+#define RF_LN2   0.69314718055994530942f
+
+/* Floats from one row of scores to the next, with few rows. */
+#define RF_FEW_LD (RF_FEW_TILE + RF_SLACK)
+
+/* tanh within 3e-7: an odd polynomial, fitted for the least relative error on [0, 0.625], and
+ * 1 - 2 / (e^2x + 1) beyond, where nothing cancels. */
+RF_INLINE vf vf_tanh(vf x) {
+    const vf one = vf_set1(1.0f), y = vf_mul(x, x);
+    vf p = vf_set1(-0x1.75b9f0p-8f);
+    p = vf_fma(p, y, vf_set1(0x1.521e0ap-6f));
+    p = vf_fma(p, y, vf_set1(-0x1.b83b18p-5f));
+    p = vf_fma(p, y, vf_set1(0x1.11071ep-3f));
+    p = vf_fma(p, y, vf_set1(-0x1.555532p-2f));
+    vf near = vf_fma(vf_mul(x, y), p, x);
+    vf a = vf_min(vf_abs(x), vf_set1(20.0f));
+    vf e = vf_exp2(vf_mul(a, vf_set1(2.0f * RF_LOG2E)));
+    vf far = vf_sub(one, vf_div(vf_set1(2.0f), vf_add(e, one)));
+    return vf_if_less(vf_abs(x), vf_set1(0.625f), near, vf_copysign(far, x));
+}
+
+/* What changes logits before they are masked. Arrays of tokens are for one head and tile. */
+typedef struct rf_logits {
+    const float *scale; /* of each token, or NULL */
+    float cap;          /* in base 2; 0: none */
+    int alibi;
+    const float *slope; /* of each row, times log2(e) */
+    const float *query; /* position of each row's query, from the tile's first token */
+    const float *key;   /* position of each token, from the tile's first token */
+} rf_logits;
+
+RF_INLINE vf logit_of(const rf_logits *l, vf x, vf scale, vf slope, vf distance) {
+    if (l->scale) x = vf_mul(x, scale);
+    if (l->cap != 0.0f)
+        x = vf_mul(vf_tanh(vf_mul(x, vf_set1(1.0f / l->cap))), vf_set1(l->cap));
+    if (l->alibi) x = vf_fma(slope, distance, x);
+    return x;
+}
+
+static void logits_few(float *s, int n, int64_t rows, const rf_logits *l) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int t = 0; t < n; t += RF_W) {
+            vf scale = l->scale ? vf_load(l->scale + t) : vf_zero(), slope = vf_zero();
+            vf distance = vf_zero();
+            if (l->alibi) {
+                slope = vf_set1(l->slope[r]);
+                distance = vf_sub(vf_load(l->key + t), vf_set1(l->query[r]));
+            }
+            float *at = s + r * RF_FEW_LD + t;
+            vf_store(at, logit_of(l, vf_load(at), scale, slope, distance));
+        }
+}
+
+static void logits_many(float *s, int64_t ld, int n, const rf_logits *l) {
+    for (int t = 0; t < n; t++)
+        for (int64_t r = 0; r < ld; r += RF_W) {
+            vf scale = l->scale ? vf_set1(l->scale[t]) : vf_zero(), slope = vf_zero();
+            vf distance = vf_zero();
+            if (l->alibi) {
+                slope = vf_load(l->slope + r);
+                distance = vf_sub(vf_set1(l->key[t]), vf_load(l->query + r));
+            }
+            float *at = s + t * ld + r;
+            vf_store(at, logit_of(l, vf_load(at), scale, slope, distance));
+        }
+}
+
+/* See rf_state_floats. */
+typedef struct rf_state {
+    float *acc, *max, *sum;
+} rf_state;
+
+RF_INLINE rf_state state_at(float *base, int64_t rows, int64_t v_dim) {
+    float *max = base + rows * v_dim;
+    rf_state s = {base, max, max + rf_pad_rows(rows)};
+    return s;
+}
+
+/* The first tile of a part overwrites acc. */
+static void clear_sums(rf_state s, int64_t rows) {
+    for (int64_t r = 0; r < rf_pad_rows(rows); r++) {
+        s.max[r] = -INFINITY;
+        s.sum[r] = 0.0f;
+    }
+}
+
+static void clear_state(rf_state s, int64_t rows, int64_t v_dim) {
+    memset(s.acc, 0, (size_t)(rows * v_dim) * sizeof(float));
+    clear_sums(s, rows);
+}
+
+/* The new maximum, the factor for what was summed before, and what to subtract: nothing seen yet
+ * needs a finite shift, as exp2(-inf) = 0 where exp2(-inf - -inf) would be NaN. */
+RF_INLINE vf new_maximum(vf top, float *max, float *alpha) {
+    const vf none = vf_set1(-INFINITY);
+    vf old = vf_load(max), new = vf_max(top, old);
+    vf shift = vf_zero_if_equal(new, none);
+    vf_store(max, new);
+    vf_store(alpha, vf_exp2(vf_sub(old, shift)));
+    return shift;
+}
+
+/* Scores of n tokens become probabilities relative to the new maximum of their row; alpha is the
+ * factor of everything summed before. max, sum, alpha and work have rf_pad_rows(rows) entries, and
+ * the rows of scores up to there are scratch. */
+static void softmax_few(float *scores, int32_t n, int64_t rows, float *max, float *sum,
+                        float *alpha, float *work) {
+    const int32_t full = (n + RF_W - 1) / RF_W * RF_W;
+    const vf none = vf_set1(-INFINITY);
+    /* Four rows at a time: their reductions share the shuffles. */
+    for (int64_t r = 0; r < rows; r += 4) {
+        const float *s = scores + r * RF_FEW_LD;
+        vf top[4] = {none, none, none, none};
+        for (int32_t i = 0; i < full; i += RF_W)
+            for (int j = 0; j < 4; j++) top[j] = vf_max(vf_load(s + j * RF_FEW_LD + i), top[j]);
+        vf_hmax4(top, work + r);
+    }
+    for (int64_t r = 0; r < rows; r += RF_W)
+        vf_store(work + r, new_maximum(vf_load(work + r), max + r, alpha + r));
+    for (int64_t r = 0; r < rows; r += 4) {
+        float *s = scores + r * RF_FEW_LD;
+        vf total[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
+        for (int32_t i = 0; i < full; i += RF_W)
+            for (int j = 0; j < 4; j++) {
+                vf e = vf_exp2(vf_sub(vf_load(s + j * RF_FEW_LD + i), vf_set1(work[r + j])));
+                vf_store(s + j * RF_FEW_LD + i, e);
+                total[j] = vf_add(total[j], e);
+            }
+        vf_hsum4(total, work + r);
+    }
+    for (int64_t r = 0; r < rows; r += RF_W)
+        vf_store(sum + r, vf_fma(vf_load(sum + r), vf_load(alpha + r), vf_load(work + r)));
+}
+
+/* The same for many rows, ld of them, a multiple of 16: lanes are rows, and nothing is shuffled.
+ * pack: NULL, or how two tokens' probabilities become what the value product reads instead; scale:
+ * factors of each token's values, for those alone, or NULL. */
+RF_INLINE void softmax_many(float *s, int64_t ld, int n, float *max, float *sum, float *alpha,
+                            const float *scale, void (*pack)(vf a, vf b, float *out)) {
+    for (int64_t r = 0; r < ld; r += RF_W) {
+        vf top = vf_set1(-INFINITY), total = vf_zero();
+        for (int t = 0; t < n; t++) top = vf_max(vf_load(s + t * ld + r), top);
+        vf shift = new_maximum(top, max + r, alpha + r);
+        for (int t = 0; t < n; t += 2) {
+            float *at = s + t * ld + r;
+            vf a = vf_exp2(vf_sub(vf_load(at), shift)), b = vf_zero();
+            if (t + 1 < n) b = vf_exp2(vf_sub(vf_load(at + ld), shift));
+            total = vf_add(total, vf_add(a, b));
+            if (scale) {
+                a = vf_mul(a, vf_set1(scale[t]));
+                if (t + 1 < n) b = vf_mul(b, vf_set1(scale[t + 1]));
+            }
+            if (pack) pack(a, b, s + t / 2 * ld + r); /* behind what is still to be read */
+            else {
+                vf_store(at, a);
+                if (t + 1 < n) vf_store(at + ld, b);
+            }
+        }
+        vf_store(sum + r, vf_fma(vf_load(sum + r), vf_load(alpha + r), total));
+    }
+}
+
+RF_INLINE float rf_exp2_of(float x) { return vf_first(vf_exp2(vf_set1(x))); }
+
+/* a = fold(a, b), b being the later part; of each head's head_rows rows the first `rows` count, and
+ * of each row the first `used` elements, whole vectors. */
+static void fold_state(rf_state a, rf_state b, int64_t heads, int64_t head_rows, int64_t rows,
+                       int64_t v_dim, int64_t used) {
+    for (int64_t h = 0; h < heads; h++)
+        for (int64_t r = h * head_rows; r < h * head_rows + rows; r++) {
+            if (b.max[r] == -INFINITY) continue;
+            float top = a.max[r] > b.max[r] ? a.max[r] : b.max[r];
+            float fa = rf_exp2_of(a.max[r] - top), fb = rf_exp2_of(b.max[r] - top);
+            a.sum[r] = a.sum[r] * fa + b.sum[r] * fb;
+            a.max[r] = top;
+            float *pa = a.acc + r * v_dim, *pb = b.acc + r * v_dim;
+            vf va = vf_set1(fa), vb = vf_set1(fb);
+            for (int64_t i = 0; i < used; i += RF_W)
+                vf_store(pa + i, vf_fma(vf_load(pb + i), vb, vf_mul(vf_load(pa + i), va)));
+        }
+}
+
+#endif
