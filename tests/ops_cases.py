@@ -35,6 +35,7 @@ class Problem:
     seq_lens: np.ndarray
     cu_seqlens_q: np.ndarray | None = None
     rows: np.ndarray | None = None
+    mask: np.ndarray | None = None
     layout: str = "HND"
 
     def call(self, function, **kwargs):
@@ -47,8 +48,12 @@ class Problem:
             self.cu_seqlens_q,
             rows=self.rows,
             layout=self.layout,
+            **self._optional(),
             **kwargs,
         )
+
+    def _optional(self):
+        return {} if self.mask is None else {"mask": self.mask}
 
     def but(self, **changes):
         return replace(self, **changes)
