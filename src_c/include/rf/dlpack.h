@@ -6,7 +6,15 @@
 #include <stdint.h>
 
 enum { RF_DL_CPU = 1, RF_DL_CUDA_HOST = 3, RF_DL_ROCM = 10, RF_DL_ROCM_HOST = 11 };
-enum { RF_DL_INT = 0, RF_DL_UINT = 1, RF_DL_FLOAT = 2, RF_DL_BFLOAT = 4 };
+enum {
+    RF_DL_INT = 0,
+    RF_DL_UINT = 1,
+    RF_DL_FLOAT = 2,
+    RF_DL_BFLOAT = 4,
+    RF_DL_BOOL = 6,
+    RF_DL_E4M3FN = 10,
+    RF_DL_E4M3FNUZ = 11,
+};
 #define RF_DL_READ_ONLY ((uint64_t)1)
 
 typedef struct rf_dl_tensor {

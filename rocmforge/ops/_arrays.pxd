@@ -1,0 +1,37 @@
+cimport numpy as cnp
+from libc.stdint cimport int32_t, int64_t
+
+from rocmforge.ops._params cimport rf_paged, rf_rows
+
+# The most blocks, heads or tokens that the kernels' 32-bit indices allow.
+cdef enum:
+    MAX_COUNT = 2147483647
+
+# arrays in and out
+cdef cnp.ndarray as_array(object x, str name)
+cdef cnp.ndarray new_array(int dtype, int ndim, const cnp.npy_intp *dims)
+
+# scalars
+cdef bint as_flag(object x, str name) except -1
+cdef double as_number(object x, str name, str what) except? -1.0
+cdef int64_t as_bound(object x, str name, int64_t low) except -2
+cdef bint is_nhd(object layout) except -1
+
+# what an array must be
+cdef str shape_text(cnp.ndarray a)
+cdef int bad_shape(cnp.ndarray a, str name, str what) except -1
+cdef int dtype_of(cnp.ndarray a) noexcept
+cdef int wide_dtype(cnp.ndarray a, str name) except -1
+cdef int same_dtype(cnp.ndarray a, str name, cnp.ndarray like, str other) except -1
+cdef int behaved(cnp.ndarray a, str name) except -1
+cdef int writable(cnp.ndarray a, str name) except -1
+cdef int contiguous_rows(cnp.ndarray a, str name) except -1
+cdef int shape3(cnp.ndarray a, int64_t n0, int64_t n1, int64_t n2) noexcept
+cdef int apart(cnp.ndarray a, str name, cnp.ndarray b, str other) except -1
+
+# an array as the kernels see it
+cdef int64_t stride_of(cnp.ndarray a, int axis) noexcept
+cdef int as_vectors(cnp.ndarray a, str name, rf_rows *out) except -1
+cdef int as_pool(cnp.ndarray a, str name, bint nhd, rf_paged *out) except -1
+cdef const int32_t *as_int32s(cnp.ndarray a, str name, str what, int64_t n) except? NULL
+cdef const float *as_floats(cnp.ndarray a, str name, str what, int64_t n) except? NULL

@@ -1,0 +1,353 @@
+# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python
+# cython: boundscheck=False, wraparound=False, initializedcheck=False
+"""Arrays of NumPy and of other libraries as the kernels see them, and what is asked of each.
+
+Nothing here reads an element: a NumPy array is a shape, strides, a type and an address.
+"""
+
+cimport numpy as cnp
+from cpython.bool cimport PyBool_Check
+from cpython.float cimport PyFloat_CheckExact
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+from cpython.ref cimport Py_INCREF
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+
+from rocmforge.ops._params cimport (
+    RF_BF16, RF_E4M3FN, RF_E4M3FNUZ, RF_F16, RF_F32, RF_I8, RF_NUM_WIDE_DTYPES, rf_paged, rf_rows)
+
+import ml_dtypes
+import numpy as np
+
+cnp.import_array()
+
+cdef extern from "rf/dlpack.h" nogil:
+    enum: RF_DL_CPU
+    enum: RF_DL_CUDA_HOST
+    enum: RF_DL_ROCM_HOST
+    enum: RF_DL_INT
+    enum: RF_DL_UINT
+    enum: RF_DL_FLOAT
+    enum: RF_DL_BFLOAT
+    enum: RF_DL_BOOL
+    enum: RF_DL_E4M3FN
+    enum: RF_DL_E4M3FNUZ
+    uint64_t RF_DL_READ_ONLY
+    ctypedef struct rf_dl_tensor:
+        void *data
+        int32_t device_type
+        int32_t device_id
+        int32_t ndim
+        uint8_t code
+        uint8_t bits
+        uint16_t lanes
+        int64_t *shape
+        int64_t *strides
+        uint64_t byte_offset
+    ctypedef struct rf_dl_managed:
+        rf_dl_tensor tensor
+    ctypedef struct rf_dl_versioned:
+        uint64_t flags
+        rf_dl_tensor tensor
+
+cdef extern from "numpy/arrayobject.h":
+    object PyArray_NewFromDescr(type subtype, cnp.dtype descr, int nd, const cnp.npy_intp *dims,
+                                const cnp.npy_intp *strides, void *data, int flags, object obj)
+
+# NumPy's types by enum rf_dtype. A type of ml_dtypes has another number in each process.
+cdef tuple _DTYPES = tuple([np.dtype(kind) for kind in (
+    np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz,
+    np.int8)])
+cdef int _BF16_NUM = np.dtype(ml_dtypes.bfloat16).num
+cdef int _FN_NUM = np.dtype(ml_dtypes.float8_e4m3fn).num
+cdef int _FNUZ_NUM = np.dtype(ml_dtypes.float8_e4m3fnuz).num
+
+cdef object _shares_memory = np.shares_memory
+cdef object _index = __import__("operator").index
+
+
+# ---------------------------------------------------------------- arrays in and out
+
+cdef cnp.dtype _dlpack_dtype(const rf_dl_tensor *t, str name):
+    if t.lanes == 1:
+        if t.code == RF_DL_FLOAT and t.bits == 32:
+            return _DTYPES[RF_F32]
+        if t.code == RF_DL_FLOAT and t.bits == 16:
+            return _DTYPES[RF_F16]
+        if t.code == RF_DL_BFLOAT and t.bits == 16:
+            return _DTYPES[RF_BF16]
+        if t.code == RF_DL_E4M3FN and t.bits == 8:
+            return _DTYPES[RF_E4M3FN]
+        if t.code == RF_DL_E4M3FNUZ and t.bits == 8:
+            return _DTYPES[RF_E4M3FNUZ]
+        if t.code == RF_DL_INT and t.bits in (8, 32, 64):
+            return np.dtype(f"i{t.bits // 8}")
+        if t.code in (RF_DL_UINT, RF_DL_BOOL) and t.bits == 8:
+            return np.dtype(np.uint8)
+    raise ValueError(f"{name} has a type that no argument can have: DLPack type code {t.code} with "
+                     f"{t.bits} bits and {t.lanes} lanes")
+
+
+cdef cnp.ndarray _import_dlpack(object x, str name):
+    """An array of another library as a NumPy array over the same memory."""
+    device = x.__dlpack_device__()
+    cdef int kind = int(device[0])
+    if kind not in (RF_DL_CPU, RF_DL_CUDA_HOST, RF_DL_ROCM_HOST):
+        raise ValueError(f"{name} must be in host memory for the CPU operations, got a "
+                         f"{type(x).__name__} on DLPack device type {kind}")
+    try:
+        capsule = x.__dlpack__(max_version=(1, 0))
+    except TypeError:  # a producer from before DLPack 1.0
+        capsule = x.__dlpack__()
+    cdef rf_dl_tensor *t
+    cdef rf_dl_versioned *managed
+    cdef int flags = cnp.NPY_ARRAY_WRITEABLE
+    if PyCapsule_IsValid(capsule, "dltensor_versioned"):
+        managed = <rf_dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
+        if managed.flags & RF_DL_READ_ONLY:
+            flags = 0
+        t = &managed.tensor
+    else:
+        t = &(<rf_dl_managed *>PyCapsule_GetPointer(capsule, "dltensor")).tensor
+    cdef cnp.dtype descr = _dlpack_dtype(t, name)
+    if t.ndim > 8:
+        raise ValueError(f"{name} must have at most 8 dimensions, got {t.ndim}")
+    cdef cnp.npy_intp dims[8]
+    cdef cnp.npy_intp strides[8]
+    cdef int i
+    cdef cnp.npy_intp step = descr.itemsize
+    for i in range(t.ndim - 1, -1, -1):
+        dims[i] = t.shape[i]
+        strides[i] = t.strides[i] * descr.itemsize if t.strides != NULL else step
+        step *= dims[i]
+    Py_INCREF(descr)  # the constructor steals it
+    a = PyArray_NewFromDescr(cnp.ndarray, descr, t.ndim, dims, strides,
+                             <char *>t.data + t.byte_offset, flags, None)
+    cnp.set_array_base(a, capsule)  # its destructor gives the memory back to the producer
+    return a
+
+
+cdef cnp.ndarray as_array(object x, str name):
+    if isinstance(x, cnp.ndarray):
+        return <cnp.ndarray>x
+    if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
+        return _import_dlpack(x, name)
+    raise TypeError(f"{name} must be a NumPy array or an object with __dlpack__, got "
+                    f"{type(x).__name__}")
+
+
+cdef cnp.ndarray new_array(int dtype, int ndim, const cnp.npy_intp *dims):
+    """A C-contiguous array whose elements are not set; dtype is an enum rf_dtype."""
+    descr = _DTYPES[dtype]
+    Py_INCREF(descr)  # the constructor steals it
+    return PyArray_NewFromDescr(cnp.ndarray, descr, ndim, dims, NULL, NULL, 0, None)
+
+
+# ---------------------------------------------------------------- scalars
+
+cdef bint as_flag(object x, str name) except -1:
+    if not PyBool_Check(x) and not isinstance(x, np.bool_):
+        raise TypeError(f"{name} must be a bool, got {type(x).__name__}")
+    return True if x else False
+
+
+cdef double as_number(object x, str name, str what) except? -1.0:
+    """Anything that Python's float takes but text; what: 'a float', for the message."""
+    if PyFloat_CheckExact(x):
+        return <double>x
+    if isinstance(x, (str, bytes, bytearray)):
+        raise TypeError(f"{name} must be {what}, got {type(x).__name__}")
+    try:
+        return float(x)
+    except TypeError:
+        raise TypeError(f"{name} must be {what}, got {type(x).__name__}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a number beyond every float") from None
+
+
+cdef int64_t as_bound(object x, str name, int64_t low) except -2:
+    """A host integer from `low` up, or None, as -1."""
+    if x is None:
+        return -1
+    cdef int64_t i
+    try:
+        value = _index(x)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or None, got {type(x).__name__}") from None
+    if value < low:
+        must = "must not be negative" if low == 0 else f"must be at least {low}"
+        raise ValueError(f"{name} {must}, got {value}")
+    i = min(value, 2**63 - 1)  # nothing is longer
+    return i
+
+
+cdef bint is_nhd(object layout) except -1:
+    if layout == "HND":
+        return False
+    if layout == "NHD":
+        return True
+    if not isinstance(layout, str):
+        raise TypeError(f"layout must be 'HND' or 'NHD', got {type(layout).__name__}")
+    raise ValueError(f"layout must be 'HND' or 'NHD', got {layout!r}")
+
+
+# ---------------------------------------------------------------- what an array must be
+
+cdef str shape_text(cnp.ndarray a):
+    return "[" + ", ".join([str(n) for n in (<object>a).shape]) + "]"
+
+
+cdef int bad_shape(cnp.ndarray a, str name, str what) except -1:
+    raise ValueError(f"{name} must have shape {what}, got {shape_text(a)}")
+
+
+cdef int dtype_of(cnp.ndarray a) noexcept:
+    """The enum rf_dtype of an array's elements, or -1."""
+    cdef int num = cnp.PyArray_TYPE(a)
+    if num == cnp.NPY_FLOAT:
+        return RF_F32
+    if num == cnp.NPY_HALF:
+        return RF_F16
+    if num == _BF16_NUM:
+        return RF_BF16
+    if num == _FN_NUM:
+        return RF_E4M3FN
+    if num == _FNUZ_NUM:
+        return RF_E4M3FNUZ
+    if num == cnp.NPY_BYTE:
+        return RF_I8
+    return -1
+
+
+cdef int wide_dtype(cnp.ndarray a, str name) except -1:
+    """The type of new vectors; also that its elements are aligned and native."""
+    cdef int code = dtype_of(a)
+    if code < 0 or code >= RF_NUM_WIDE_DTYPES:
+        raise ValueError(f"{name} must be float32, float16 or bfloat16, got {a.dtype}")
+    behaved(a, name)
+    return code
+
+
+cdef int behaved(cnp.ndarray a, str name) except -1:
+    if not (cnp.PyArray_ISALIGNED(a) and cnp.PyArray_ISNOTSWAPPED(a)):
+        raise ValueError(f"{name} must be aligned and in native byte order")
+    return 0
+
+
+cdef int same_dtype(cnp.ndarray a, str name, cnp.ndarray like, str other) except -1:
+    if cnp.PyArray_TYPE(a) != cnp.PyArray_TYPE(like):
+        raise ValueError(f"{name} must have the dtype of {other}, {like.dtype}, got {a.dtype}")
+    behaved(a, name)
+    return 0
+
+
+cdef int writable(cnp.ndarray a, str name) except -1:
+    if not cnp.PyArray_ISWRITEABLE(a):
+        raise ValueError(f"{name} must be writable, got a read-only array")
+    return 0
+
+
+cdef int contiguous_rows(cnp.ndarray a, str name) except -1:
+    """The last dimension must be contiguous."""
+    cdef int last = cnp.PyArray_NDIM(a) - 1
+    cdef Py_ssize_t item = cnp.PyArray_ITEMSIZE(a)
+    if (cnp.PyArray_DIM(a, last) > 1 and cnp.PyArray_STRIDE(a, last) != item
+            and cnp.PyArray_SIZE(a)):
+        raise ValueError(f"{name} must be contiguous in its last dimension, got a stride of "
+                         f"{cnp.PyArray_STRIDE(a, last)} bytes for elements of {item}")
+    return 0
+
+
+cdef int shape3(cnp.ndarray a, int64_t n0, int64_t n1, int64_t n2) noexcept:
+    return (cnp.PyArray_NDIM(a) == 3 and cnp.PyArray_DIM(a, 0) == n0
+            and cnp.PyArray_DIM(a, 1) == n1 and cnp.PyArray_DIM(a, 2) == n2)
+
+
+cdef struct Extent:
+    size_t low
+    size_t high
+
+
+cdef Extent extent_of(cnp.ndarray a) noexcept:
+    """First byte and one past the last that the array can touch."""
+    cdef Extent e
+    cdef int i
+    cdef cnp.npy_intp n, span
+    e.low = e.high = <size_t>cnp.PyArray_DATA(a)
+    for i in range(cnp.PyArray_NDIM(a)):
+        n = cnp.PyArray_DIM(a, i)
+        if n == 0:
+            e.high = e.low
+            return e
+        span = (n - 1) * cnp.PyArray_STRIDE(a, i)
+        if span > 0:
+            e.high += <size_t>span
+        else:
+            e.low -= <size_t>-span
+    e.high += <size_t>cnp.PyArray_ITEMSIZE(a)
+    return e
+
+
+cdef int apart(cnp.ndarray a, str name, cnp.ndarray b, str other) except -1:
+    """Two arrays must share no byte; either may be None."""
+    if a is None or b is None:
+        return 0
+    cdef Extent x = extent_of(a), y = extent_of(b)
+    if x.low >= y.high or y.low >= x.high:
+        return 0
+    # Extents may interleave without sharing a byte (one fused buffer): the exact answer.
+    if _shares_memory(a, b):
+        raise ValueError(f"{name} must not overlap {other} in memory")
+    return 0
+
+
+# ---------------------------------------------------------------- an array as the kernels see it
+
+cdef int64_t stride_of(cnp.ndarray a, int axis) noexcept:
+    """Elements from one index of an axis to the next; 0 where there is only one index.
+
+    An aligned array's strides are whole elements: no type here is larger than its alignment.
+    """
+    if cnp.PyArray_DIM(a, axis) <= 1:
+        return 0
+    return cnp.PyArray_STRIDE(a, axis) // cnp.PyArray_ITEMSIZE(a)
+
+
+cdef int as_vectors(cnp.ndarray a, str name, rf_rows *out) except -1:
+    """[tokens, heads, dim] with a contiguous last dimension."""
+    contiguous_rows(a, name)
+    out.data = cnp.PyArray_DATA(a)
+    out.token_stride = stride_of(a, 0)
+    out.head_stride = stride_of(a, 1)
+    return 0
+
+
+cdef int as_pool(cnp.ndarray a, str name, bint nhd, rf_paged *out) except -1:
+    contiguous_rows(a, name)
+    out.data = cnp.PyArray_DATA(a)
+    out.block_stride = stride_of(a, 0)
+    out.head_stride = stride_of(a, 2 if nhd else 1)
+    out.token_stride = stride_of(a, 1 if nhd else 2)
+    return 0
+
+
+cdef int _line(cnp.ndarray a, str name, str what, int64_t n, int type_num, str kind) except -1:
+    """A contiguous [n] of a type; n < 0 is any length."""
+    if cnp.PyArray_NDIM(a) != 1:
+        bad_shape(a, name, what)
+    if cnp.PyArray_TYPE(a) != type_num:
+        raise ValueError(f"{name} must be {kind}, got {a.dtype}")
+    behaved(a, name)
+    if n >= 0 and cnp.PyArray_DIM(a, 0) != n:
+        raise ValueError(f"{name} must have shape {what} with {n} entries, got {shape_text(a)}")
+    contiguous_rows(a, name)
+    return 0
+
+
+cdef const int32_t *as_int32s(cnp.ndarray a, str name, str what, int64_t n) except? NULL:
+    _line(a, name, what, n, cnp.NPY_INT32, "int32")
+    return <const int32_t *>cnp.PyArray_DATA(a)
+
+
+cdef const float *as_floats(cnp.ndarray a, str name, str what, int64_t n) except? NULL:
+    _line(a, name, what, n, cnp.NPY_FLOAT, "float32")
+    return <const float *>cnp.PyArray_DATA(a)
