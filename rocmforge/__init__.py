@@ -9,7 +9,13 @@ try:
     from rocmforge.kv_cache import KVCache
     from rocmforge.kv_cache_manager import KVCacheManager
     from rocmforge.layer_group import LayerGroup
-    from rocmforge.ops import copy_blocks, paged_attention, set_num_threads, write_kv
+    from rocmforge.ops import (
+        copy_blocks,
+        merge_states,
+        paged_attention,
+        set_num_threads,
+        write_kv,
+    )
     from rocmforge.page_table import PageTable
 except ModuleNotFoundError as _error:
     if _error.name is None or not _error.name.startswith("rocmforge."):
@@ -29,6 +35,7 @@ __all__ = [
     "PageTable",
     "RocmForgeError",
     "copy_blocks",
+    "merge_states",
     "paged_attention",
     "set_num_threads",
     "write_kv",

@@ -7,16 +7,22 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-__all__ = ["NAMES", "resolve"]
+__all__ = ["EIGHT_BIT", "NAMES", "largest_element", "resolve"]
 
 _TYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e4m3fnuz": np.dtype(ml_dtypes.float8_e4m3fnuz),
+    "int8": np.dtype(np.int8),
 }
 
 #: Names that :func:`resolve` knows.
 NAMES: tuple[str, ...] = tuple(_TYPES)
+
+#: Those whose elements stand for their value times a scale.
+EIGHT_BIT: tuple[str, ...] = NAMES[3:]
 
 
 def resolve(dtype: object) -> np.dtype[Any]:
@@ -25,8 +31,7 @@ def resolve(dtype: object) -> np.dtype[Any]:
     Parameters
     ----------
     dtype : str, type or numpy.dtype
-        ``"float32"``, ``"float16"``, ``"bfloat16"``, or the NumPy or ml_dtypes type or dtype of
-        that name, in native byte order.
+        One of `NAMES`, or the NumPy or ml_dtypes type or dtype of that name, in native byte order.
 
     Returns
     -------
@@ -62,3 +67,14 @@ def resolve(dtype: object) -> np.dtype[Any]:
             return known
     shown = found.name if found.isnative else found.str
     raise ValueError(f"dtype must be one of {', '.join(NAMES)}, got {shown}")
+
+
+def largest_element(dtype: np.dtype[Any]) -> float:
+    """Return the largest element of an 8-bit type, that a scale maps the largest value to.
+
+    Examples
+    --------
+    >>> [largest_element(resolve(name)) for name in EIGHT_BIT]
+    [448.0, 240.0, 127.0]
+    """
+    return 127.0 if dtype == np.int8 else float(ml_dtypes.finfo(dtype).max)

@@ -198,14 +198,16 @@ def test_empty_batch():
     cache = np.zeros((3, 2, 16, 64), np.float32)
     query = np.zeros((0, 4, 64), np.float32)
     for cu in (None, np.zeros(1, np.int32)):
-        got = paged_attention(query, cache, cache, np.zeros((0, 0), np.int32), empty, cu)
+        table = np.zeros((0, 0), np.int32)
+        got = paged_attention(query, cache, cache.copy(), table, empty, cu)
         assert got.shape == query.shape
 
 
 def test_pool_without_blocks():
     cache = np.zeros((0, 2, 16, 64), np.float32)
     table, lens = np.zeros((2, 0), np.int32), np.zeros(2, np.int32)
-    got = paged_attention(np.ones((2, 4, 64), np.float32), cache, cache, table, lens)
+    query = np.ones((2, 4, 64), np.float32)
+    got = paged_attention(query, cache, cache, table, lens, scale=1)
     assert not got.any()
 
 

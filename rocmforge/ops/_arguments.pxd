@@ -16,5 +16,7 @@ cdef int read_write(rf_write_params *p, cnp.ndarray key, cnp.ndarray value, cnp.
                     cnp.ndarray v, cnp.ndarray slots, object k_scale, object v_scale,
                     bint nhd) except -1
 cdef int read_merge(rf_merge_params *p, cnp.ndarray out_a, cnp.ndarray lse_a, cnp.ndarray out_b,
-                    cnp.ndarray lse_b, cnp.ndarray out, cnp.ndarray lse) except -1
+                    cnp.ndarray lse_b) except -1
+cdef int read_merged(rf_merge_params *p, cnp.ndarray out_a, cnp.ndarray lse_a, cnp.ndarray out_b,
+                     cnp.ndarray lse_b, cnp.ndarray out, cnp.ndarray lse) except -1
 cdef int read_blocks(rf_copy_params *p, cnp.ndarray a, str name) except -1

@@ -359,8 +359,8 @@ cdef bint _same_place(cnp.ndarray a, cnp.ndarray b) noexcept:
 
 
 cdef int read_merge(rf_merge_params *p, cnp.ndarray out_a, cnp.ndarray lse_a, cnp.ndarray out_b,
-                    cnp.ndarray lse_b, cnp.ndarray out, cnp.ndarray lse) except -1:
-    """All of a merge. Results may be in place of either part."""
+                    cnp.ndarray lse_b) except -1:
+    """The parts of a merge."""
     if cnp.PyArray_NDIM(out_a) != 3:
         bad_shape(out_a, "out_a", "[num_tokens, num_heads, v_head_dim]")
     p.dtype = wide_dtype(out_a, "out_a")
@@ -376,6 +376,12 @@ cdef int read_merge(rf_merge_params *p, cnp.ndarray out_a, cnp.ndarray lse_a, cn
     as_vectors(out_b, "out_b", &p.b)
     p.lse_a = _lse(lse_a, "lse_a", p)
     p.lse_b = _lse(lse_b, "lse_b", p)
+    return 0
+
+
+cdef int read_merged(rf_merge_params *p, cnp.ndarray out_a, cnp.ndarray lse_a, cnp.ndarray out_b,
+                     cnp.ndarray lse_b, cnp.ndarray out, cnp.ndarray lse) except -1:
+    """Its results, which may be in place of either part."""
     _part(out, "out", out_a)
     as_vectors(out, "out", &p.out)
     writable(out, "out")

@@ -15,6 +15,7 @@ cdef cnp.ndarray new_array(int dtype, int ndim, const cnp.npy_intp *dims)
 cdef bint as_flag(object x, str name) except -1
 cdef double as_number(object x, str name, str what) except? -1.0
 cdef int64_t as_bound(object x, str name, int64_t low) except -2
+cdef int host_only(object stream) except -1
 cdef bint is_nhd(object layout) except -1
 
 # what an array must be

@@ -57,6 +57,7 @@ cdef extern from "numpy/arrayobject.h":
 cdef tuple _DTYPES = tuple([np.dtype(kind) for kind in (
     np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fnuz,
     np.int8)])
+cdef int _F16_NUM = np.dtype(np.float16).num
 cdef int _BF16_NUM = np.dtype(ml_dtypes.bfloat16).num
 cdef int _FN_NUM = np.dtype(ml_dtypes.float8_e4m3fn).num
 cdef int _FNUZ_NUM = np.dtype(ml_dtypes.float8_e4m3fnuz).num
@@ -180,6 +181,13 @@ cdef int64_t as_bound(object x, str name, int64_t low) except -2:
     return i
 
 
+cdef int host_only(object stream) except -1:
+    if stream is not None:
+        raise ValueError(f"stream must be None for arrays in host memory, got "
+                         f"{type(stream).__name__}")
+    return 0
+
+
 cdef bint is_nhd(object layout) except -1:
     if layout == "HND":
         return False
@@ -205,7 +213,7 @@ cdef int dtype_of(cnp.ndarray a) noexcept:
     cdef int num = cnp.PyArray_TYPE(a)
     if num == cnp.NPY_FLOAT:
         return RF_F32
-    if num == cnp.NPY_HALF:
+    if num == _F16_NUM:
         return RF_F16
     if num == _BF16_NUM:
         return RF_BF16

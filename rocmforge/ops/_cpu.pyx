@@ -121,8 +121,8 @@ cdef int _raise(rf_fault *f) except -1:
         raise ValueError(f"block_ids must not repeat a block that is written to, got {value} again "
                          f"at index {i}")
     if f.code == RF_FAULT_K_SCALE or f.code == RF_FAULT_V_SCALE:
-        raise ValueError(f"{'k' if f.code == RF_FAULT_K_SCALE else 'v'}_scale must be positive and "
-                         f"finite, got {scale} at index {i}")
+        raise ValueError(f"{'k' if f.code == RF_FAULT_K_SCALE else 'v'}_scale must be positive, "
+                         f"finite and not subnormal: it is not at index {i}")
     raise ValueError(f"copies must not depend on their order: block {value}, a destination at "
                      f"index {i}, is a source or destination of another copy")
 

@@ -1,4 +1,5 @@
 /* What a run would follow is read once here, so that the kernels need not look. */
+#include <float.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -18,10 +19,23 @@ static int32_t largest(const int32_t *x, int64_t n) {
     return top;
 }
 
+/* Factors that were given, one number a head: a reciprocal of each must exist. */
+static int check_scales(const rf_scales *s, int64_t heads, int code, rf_fault *f) {
+    if (!s->data || s->per_token) return RF_OK;
+    for (int64_t h = 0; h < heads; h++) {
+        float x = s->data[h * s->head_stride];
+        if (!(x >= FLT_MIN && x <= FLT_MAX)) return fault_at(f, code, h, 0, 0, 0);
+    }
+    return RF_OK;
+}
+
 int rf_cpu_check_attention(const rf_attention_params *p, int64_t max_seqlen_q, int64_t max_seq_len,
-                           int64_t *work, rf_fault *f) {
+                           int64_t mask_width, int64_t *work, rf_fault *f) {
     const int32_t *cu = p->cu_seqlens_q;
     int64_t capacity = p->table_width * p->block_size, total = 0;
+    int status = check_scales(&p->k_scale, p->num_kv_heads, RF_FAULT_K_SCALE, f);
+    if (status == RF_OK) status = check_scales(&p->v_scale, p->num_kv_heads, RF_FAULT_V_SCALE, f);
+    if (status != RF_OK) return status;
     if (cu && cu[0] != 0) return fault_at(f, RF_FAULT_CU_START, 0, 0, cu[0], 0);
     for (int64_t i = 0; i < p->num_seqs; i++) {
         int64_t len = p->seq_lens[i], row = p->rows ? p->rows[i] : i, q_len = 1;
@@ -37,6 +51,8 @@ int rf_cpu_check_attention(const rf_attention_params *p, int64_t max_seqlen_q, i
         if (len > 0 && q_len > len) return fault_at(f, RF_FAULT_QUERY_LONGER, i, 0, q_len, len);
         if (max_seqlen_q >= 0 && q_len > max_seqlen_q)
             return fault_at(f, RF_FAULT_MAX_QUERY, i, 0, q_len, max_seqlen_q);
+        if (p->mask && len > 0 && q_len > mask_width)
+            return fault_at(f, RF_FAULT_MASK, i, 0, q_len, mask_width);
         if (max_seq_len >= 0 && len > max_seq_len)
             return fault_at(f, RF_FAULT_MAX_SEQ, i, 0, len, max_seq_len);
         const int32_t *blocks = p->block_table + row * p->table_stride;
@@ -53,6 +69,10 @@ int rf_cpu_check_attention(const rf_attention_params *p, int64_t max_seqlen_q, i
 
 int rf_cpu_check_write(const rf_write_params *p, rf_fault *f) {
     int64_t capacity = p->num_blocks * p->block_size, top = -1;
+    int status = check_scales(&p->k_scale, p->num_kv_heads, RF_FAULT_K_SCALE, f);
+    if (status == RF_OK && p->v.data)
+        status = check_scales(&p->v_scale, p->num_kv_heads, RF_FAULT_V_SCALE, f);
+    if (status != RF_OK) return status;
     for (int64_t i = 0; i < p->num_tokens; i++)
         top = p->slot_mapping[i] > top ? p->slot_mapping[i] : top;
     if (top < capacity) return RF_OK;
@@ -89,4 +109,25 @@ int rf_cpu_check_copy(const int32_t *copies, int64_t n, int64_t num_blocks, rf_f
     int64_t at = 0;
     while (copies[2 * at + 1] != bad) at++;
     return fault_at(f, RF_FAULT_COPY_REPEATED, at, 1, bad, 0);
+}
+
+int rf_cpu_check_blocks(const int32_t *ids, int64_t n, int64_t num_blocks, int written,
+                        rf_fault *f) {
+    for (int64_t i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= num_blocks)
+            return fault_at(f, RF_FAULT_BLOCK_ID, i, 0, ids[i], num_blocks);
+    if (!written) return RF_OK;
+    int32_t few[64];
+    int32_t *sorted = n <= 64 ? few : rf_alloc((size_t)n * sizeof *sorted);
+    if (!sorted) return RF_ERR_NO_MEMORY;
+    memcpy(sorted, ids, (size_t)n * sizeof *sorted);
+    qsort(sorted, (size_t)n, sizeof *sorted, compare);
+    int32_t bad = -1;
+    for (int64_t i = 1; i < n; i++)
+        if (sorted[i] == sorted[i - 1]) bad = sorted[i];
+    if (sorted != few) rf_free(sorted);
+    if (bad < 0) return RF_OK;
+    int64_t at = n - 1;
+    while (ids[at] != bad) at--;
+    return fault_at(f, RF_FAULT_BLOCK_ID_REPEATED, at, 0, bad, 0);
 }

@@ -67,6 +67,9 @@ typedef struct rf_kernels {
                    int32_t first_part);
     /* Folds the states of a merge and writes the output. */
     void (*merge)(const rf_attention_params *p, const rf_merge *m, float *states);
+    /* Tokens begin .. end - 1 of a merge of two results, and of a write to an 8-bit cache. */
+    void (*merge_states)(const rf_merge_params *p, int64_t begin, int64_t end);
+    void (*quantise)(const rf_write_params *p, int64_t begin, int64_t end);
 } rf_kernels;
 
 /* Those compiled in, best first, NULL at the end; available() asks the processor. */

@@ -17,6 +17,7 @@
 #endif
 
 #include "attend.h"
+#include "rows.h"
 
 #define RF_JOIN_(a, b) a##b
 #define RF_JOIN(a, b)  RF_JOIN_(a, b)
@@ -28,4 +29,6 @@ const rf_kernels RF_JOIN(rf_kernels_, RF_VARIANT) = {
     .scratch_floats = scratch_floats,
     .attend = attend,
     .merge = merge,
+    .merge_states = merge_states,
+    .quantise = quantise,
 };

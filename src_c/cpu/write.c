@@ -59,37 +59,3 @@ int rf_cpu_write_kv(rf_cpu *cpu, const rf_write_params *p) {
     write_tokens(p, 0, p->num_tokens);
     return RF_OK;
 }
-
-typedef struct copy_job {
-    const rf_copy_params *pools;
-    const int32_t *copies;
-    int64_t num_copies;
-} copy_job;
-
-static void copy_task(void *arg, int64_t i, int worker) {
-    const copy_job *job = arg;
-    (void)worker;
-    const rf_copy_params *p = &job->pools[i / job->num_copies];
-    const int32_t *pair = &job->copies[2 * (i % job->num_copies)];
-    const char *from = p->data + pair[0] * p->block_stride;
-    char *to = p->data + pair[1] * p->block_stride;
-    for (int64_t o = 0; o < p->outer; o++)
-        copy_vectors(to + o * p->outer_stride, p->middle_stride, from + o * p->outer_stride,
-                     p->middle_stride, p->middle, p->inner);
-}
-
-int rf_cpu_copy_blocks(rf_cpu *cpu, const rf_copy_params *pools, int64_t num_pools,
-                       const int32_t *copies, int64_t num_copies) {
-    copy_job job = {pools, copies, num_copies};
-    int64_t bytes = 0, tasks = num_pools * num_copies;
-    for (int64_t i = 0; i < num_pools; i++)
-        bytes += pools[i].outer * pools[i].middle * pools[i].inner * num_copies;
-    if (bytes > SERIAL_BYTES && rf_pool_threads(&cpu->pool) > 1 && rf_pool_enter(&cpu->pool)) {
-        rf_pool_ready(&cpu->pool, tasks);
-        rf_pool_run(&cpu->pool, copy_task, &job, tasks);
-        rf_pool_leave(&cpu->pool);
-        return RF_OK;
-    }
-    for (int64_t i = 0; i < tasks; i++) copy_task(&job, i, 0);
-    return RF_OK;
-}

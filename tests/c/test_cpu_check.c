@@ -25,7 +25,7 @@ static rf_attention_params good(void) {
 
 static rf_fault fault_of(const rf_attention_params *p, int64_t max_q, int64_t max_len) {
     rf_fault f = {0};
-    CHECK(rf_cpu_check_attention(p, max_q, max_len, NULL, &f) == RF_ERR_BAD_ARGUMENT);
+    CHECK(rf_cpu_check_attention(p, max_q, max_len, -1, NULL, &f) == RF_ERR_BAD_ARGUMENT);
     return f;
 }
 
@@ -36,9 +36,9 @@ static void attention(void) {
     rf_attention_params p = good();
     rf_fault f = {0};
     int64_t work = 0;
-    CHECK(rf_cpu_check_attention(&p, -1, -1, &work, &f) == RF_OK);
+    CHECK(rf_cpu_check_attention(&p, -1, -1, -1, &work, &f) == RF_OK);
     CHECK(work > 0);
-    CHECK(rf_cpu_check_attention(&p, 2, 8, NULL, &f) == RF_OK);
+    CHECK(rf_cpu_check_attention(&p, 2, 8, -1, NULL, &f) == RF_OK);
     f = fault_of(&p, 1, -1);
     EXPECT(f, RF_FAULT_MAX_QUERY, 0, 2, 1);
     f = fault_of(&p, -1, 7);
@@ -55,7 +55,7 @@ static void attention(void) {
     f = fault_of(&p, -1, -1);
     EXPECT(f, RF_FAULT_QUERY_LONGER, 0, 2, 1);
     lens[0] = 0; /* an empty sequence may have query tokens: padding of a batch */
-    CHECK(rf_cpu_check_attention(&p, -1, -1, NULL, &f) == RF_OK);
+    CHECK(rf_cpu_check_attention(&p, -1, -1, -1, NULL, &f) == RF_OK);
 
     p = good();
     int32_t cu[3] = {1, 2, 3};

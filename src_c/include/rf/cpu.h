@@ -48,9 +48,14 @@ enum rf_fault_code {
     RF_FAULT_MAX_QUERY,     /* sequence index has value query tokens, above max_seqlen_q, limit */
     RF_FAULT_MAX_SEQ,       /* seq_lens[index] = value is above max_seq_len, limit */
     RF_FAULT_BLOCK,         /* block_table[index, index2] = value is not below num_blocks, limit */
+    RF_FAULT_MASK,          /* sequence index has value query tokens, above the mask's width, limit */
+    RF_FAULT_K_SCALE,       /* k_scale[index] is not positive and finite */
+    RF_FAULT_V_SCALE,       /* v_scale[index] likewise */
     RF_FAULT_SLOT,          /* slot_mapping[index] = value is not below the capacity, limit */
     RF_FAULT_COPY_RANGE,    /* copies[index, index2] = value is outside 0 .. limit - 1 */
     RF_FAULT_COPY_REPEATED, /* copies[index, 1] = value is a destination or source elsewhere */
+    RF_FAULT_BLOCK_ID,      /* block_ids[index] = value is outside 0 .. limit - 1 */
+    RF_FAULT_BLOCK_ID_REPEATED, /* block_ids[index] = value, to be written, was there before */
 };
 typedef struct rf_fault {
     int64_t index, index2, value, limit;
@@ -58,22 +63,39 @@ typedef struct rf_fault {
 } rf_fault;
 
 /* O(tokens + blocks named). max_seqlen_q and max_seq_len: negative when there is no bound.
- * total_kv (optional) gets an estimate of the work: key/value tokens times query tokens. */
+ * mask_width: bytes of the mask that each query token has, for a call with one. work (optional)
+ * gets an estimate of it: key/value tokens times query tokens. */
 int rf_cpu_check_attention(const rf_attention_params *p, int64_t max_seqlen_q, int64_t max_seq_len,
-                           int64_t *work, rf_fault *fault);
+                           int64_t mask_width, int64_t *work, rf_fault *fault);
 int rf_cpu_check_write(const rf_write_params *p, rf_fault *fault);
 /* RF_ERR_NO_MEMORY is possible besides a fault. */
 int rf_cpu_check_copy(const int32_t *copies, int64_t num_copies, int64_t num_blocks,
                       rf_fault *fault);
+/* Block ids of a gather, or of a scatter, which writes to them: then none may be there twice.
+ * RF_ERR_NO_MEMORY is possible besides a fault. */
+int rf_cpu_check_blocks(const int32_t *ids, int64_t num_ids, int64_t num_blocks, int written,
+                        rf_fault *fault);
 
 /* RF_OK, or RF_ERR_NO_MEMORY before anything was written. Rows of out outside every sequence are
  * left alone; a sequence with no visible key gets zeros. The bits of a sequence's output depend on
  * its own query, keys, values and lengths only: never on the threads, the batch or the blocks. */
 int rf_cpu_attention(rf_cpu *cpu, const rf_attention_params *p);
+/* The parts' outputs weighted by exp(lse), and the logarithm of the sum; zeros and -inf where
+ * neither part saw a key. */
+int rf_cpu_merge_states(rf_cpu *cpu, const rf_merge_params *p);
+/* A slot that is named twice gets one of its tokens, unspecified which. */
 int rf_cpu_write_kv(rf_cpu *cpu, const rf_write_params *p);
 
 /* Copies whole blocks: copies[i, 0] to copies[i, 1], in each of the pools. */
 int rf_cpu_copy_blocks(rf_cpu *cpu, const rf_copy_params *pools, int64_t num_pools,
                        const int32_t *copies, int64_t num_copies);
+/* Row i of data, row_stride bytes from one to the next, becomes block ids[i] of all pools: the bytes
+ * of the first pool's block in the order of its dimensions, then those of the second. */
+int rf_cpu_gather_blocks(rf_cpu *cpu, const rf_copy_params *pools, int64_t num_pools,
+                         const int32_t *ids, int64_t num_ids, char *data, int64_t row_stride);
+/* The reverse: blocks become the rows of data. */
+int rf_cpu_scatter_blocks(rf_cpu *cpu, const rf_copy_params *pools, int64_t num_pools,
+                          const int32_t *ids, int64_t num_ids, const char *data,
+                          int64_t row_stride);
 
 #endif

@@ -1,0 +1,351 @@
+# cython: auto_pickle=False, embedsignature=True, embedsignature.format=python
+# cython: boundscheck=False, wraparound=False, initializedcheck=False
+"""Writing new tokens into the cache, and moving whole blocks."""
+
+cimport numpy as cnp
+from libc.stdint cimport int32_t, int64_t
+
+from rocmforge.ops cimport _cpu
+from rocmforge.ops._arguments cimport as_scale, read_blocks, read_write
+from rocmforge.ops._arrays cimport (
+    apart, as_array, as_int32s, bad_shape, host_only, is_nhd, shape_text, wide_dtype, writable)
+from rocmforge.ops._params cimport rf_copy_params, rf_write_params
+
+import numpy as np
+
+from rocmforge.dtypes import EIGHT_BIT, largest_element, resolve
+
+cnp.import_array()
+
+
+def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None,
+             layout="HND", stream=None):
+    """Write the keys and values of new tokens into their slots of the paged cache.
+
+    Synchronous on the CPU. A slot that is named twice gets one of its tokens, unspecified which.
+
+    An 8-bit cache gets ``x / scale``, rounded to the nearest element, ties to even, and saturated:
+    the product of x and the scale's reciprocal, in float32. NaN stays NaN in float8 and becomes 0
+    in int8. A scale pool is written too: the scale of each vector is that which makes its largest
+    element the type's largest, 1 for a vector of zeros, and NaN for one that is not finite, so that
+    all of it reads as NaN.
+
+    Parameters
+    ----------
+    key : array [num_tokens, num_kv_heads, head_dim]
+        float32, float16 or bfloat16, any strides with a contiguous last dimension.
+    value : array [num_tokens, num_kv_heads, v_head_dim], or None
+        As key; v_head_dim is the last dimension of v_cache. None, as v_cache, for a latent cache.
+    k_cache, v_cache : array [num_blocks, num_kv_heads, block_size, head_dim]
+        One layer's blocks, or ``[num_blocks, block_size, num_kv_heads, head_dim]`` with
+        ``layout="NHD"``; the dtype of key, or float8_e4m3fn, float8_e4m3fnuz or int8; written in
+        place.
+    slot_mapping : array int64 [num_tokens]
+        Slot of each token: block id x block_size + offset. A negative one is padding and skipped.
+    k_scale, v_scale : float, array float32 [num_kv_heads], or float32 pool, optional
+        Of an 8-bit cache, which must have them: given numbers (`calibrate` gives good ones), or a
+        pool ``[num_blocks, num_kv_heads, block_size]`` that gets the scale of each token and head.
+    layout : {"HND", "NHD"}
+        The order of the caches' two middle dimensions.
+    stream : optional
+        Of a GPU call; None on the CPU.
+
+    Raises
+    ------
+    ValueError
+        A dtype, shape, stride or slot that does not fit, with what was expected and what came.
+    TypeError
+        An argument of a wrong kind. After any error nothing was written.
+    """
+    cdef rf_write_params p
+    cdef bint nhd = is_nhd(layout)
+    cdef cnp.ndarray kk = as_array(key, "key"), vv = None
+    cdef cnp.ndarray k = as_array(k_cache, "k_cache"), v = None
+    cdef cnp.ndarray slots = as_array(slot_mapping, "slot_mapping")
+    if value is not None:
+        vv = as_array(value, "value")
+    if v_cache is not None:
+        v = as_array(v_cache, "v_cache")
+    k_scale = as_scale(k_scale, "k_scale")
+    v_scale = as_scale(v_scale, "v_scale")
+    host_only(stream)
+    read_write(&p, kk, vv, k, v, slots, k_scale, v_scale, nhd)
+    apart(k, "k_cache", kk, "key")
+    apart(k, "k_cache", vv, "value")
+    apart(k, "k_cache", slots, "slot_mapping")
+    apart(v, "v_cache", kk, "key")
+    apart(v, "v_cache", vv, "value")
+    apart(v, "v_cache", k, "k_cache")
+    apart(v, "v_cache", slots, "slot_mapping")
+    if p.k_scale.data != NULL:
+        _scales_apart(k_scale, "k_scale", kk, vv, k, v, slots)
+    if p.v_scale.data != NULL and v is not None:
+        _scales_apart(v_scale, "v_scale", kk, vv, k, v, slots)
+        if p.k_scale.per_token or p.v_scale.per_token:
+            if p.k_scale.data != NULL:
+                apart(v_scale, "v_scale", k_scale, "k_scale")
+    _cpu.check_write(&p)
+    _cpu.write_kv(&p)
+
+
+cdef int _scales_apart(cnp.ndarray scale, str name, cnp.ndarray key, cnp.ndarray value,
+                       cnp.ndarray k, cnp.ndarray v, cnp.ndarray slots) except -1:
+    apart(scale, name, key, "key")
+    apart(scale, name, value, "value")
+    apart(scale, name, k, "k_cache")
+    apart(scale, name, v, "v_cache")
+    apart(scale, name, slots, "slot_mapping")
+    return 0
+
+
+def calibrate(key, value, dtype):
+    """Scales, one a head, that make the largest element of these tokens the type's largest.
+
+    Compute them from some typical tokens before the first `write_kv`: what is written later and is
+    larger is saturated.
+
+    Parameters
+    ----------
+    key, value : array [num_tokens, num_kv_heads, head_dim]
+        float32, float16 or bfloat16, of at least one token and finite. value is None for a latent
+        cache.
+    dtype : str, type or numpy.dtype
+        float8_e4m3fn, float8_e4m3fnuz or int8.
+
+    Returns
+    -------
+    k_scale, v_scale : numpy.ndarray float32 [num_kv_heads]
+        1 for a head of zeros. v_scale is None where value is.
+
+    Raises
+    ------
+    ValueError
+        A dtype or shape that does not fit, or elements that are not finite.
+    TypeError
+        An argument of a wrong kind.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> key = np.array([[[1, -2.54, 0, 0, 0, 0, 0, 0]]], np.float32)
+    >>> k_scale, v_scale = calibrate(key, None, "int8")
+    >>> k_scale
+    array([0.02], dtype=float32)
+    """
+    kind = resolve(dtype)
+    if kind.name not in EIGHT_BIT:
+        raise ValueError(f"dtype must be one of {', '.join(EIGHT_BIT)}, got {kind.name}")
+    k_scale = _head_scales(as_array(key, "key"), "key", kind)
+    if value is None:
+        return k_scale, None
+    return k_scale, _head_scales(as_array(value, "value"), "value", kind)
+
+
+cdef object _head_scales(cnp.ndarray a, str name, object kind):
+    if cnp.PyArray_NDIM(a) != 3 or not cnp.PyArray_SIZE(a):
+        bad_shape(a, name, "[num_tokens, num_kv_heads, head_dim] with at least one token")
+    wide_dtype(a, name)
+    top = np.maximum(np.max(a, axis=(0, 2)), -np.min(a, axis=(0, 2))).astype(np.float32)
+    if not np.isfinite(top).all():
+        raise ValueError(f"{name} must be finite, head {int(np.argmin(np.isfinite(top)))} is not")
+    scale = np.maximum(top / largest_element(kind), np.finfo(np.float32).tiny)
+    return np.where(top == 0, np.float32(1), scale)
+
+
+# ---------------------------------------------------------------- whole blocks
+
+cdef class _Pools:
+    """Arrays that have one entry a block, as the kernels see them."""
+    cdef list arrays
+    cdef rf_copy_params *data
+    cdef object memory
+    cdef int64_t num, num_blocks, block_bytes
+
+    def __init__(self, caches, bint written):
+        cdef cnp.ndarray a
+        cdef unsigned char[::1] raw
+        if not isinstance(caches, (list, tuple)):
+            caches = (caches,)
+        self.num = len(caches)
+        self.arrays = []
+        self.memory = bytearray(sizeof(rf_copy_params) * max(self.num, 1))
+        raw = self.memory
+        self.data = <rf_copy_params *>&raw[0]
+        for i, cache in enumerate(caches):
+            name = f"caches[{i}]"
+            a = as_array(cache, name)
+            if written:
+                writable(a, name)
+            read_blocks(&self.data[<Py_ssize_t>i], a, name)
+            if i == 0:
+                self.num_blocks = cnp.PyArray_DIM(a, 0)
+            elif cnp.PyArray_DIM(a, 0) != self.num_blocks:
+                raise ValueError(f"{name} must have the {self.num_blocks} blocks of caches[0], "
+                                 f"got {shape_text(a)}")
+            self.arrays.append(a)
+        self.block_bytes = _cpu.block_bytes(self.data, self.num)
+
+    cdef int apart(self, cnp.ndarray other, str other_name) except -1:
+        for i, a in enumerate(self.arrays):
+            apart(a, f"caches[{i}]", other, other_name)
+        return 0
+
+
+def copy_blocks(caches, copies, *, stream=None):
+    """Copy whole blocks within each cache, as copy-on-write needs.
+
+    Synchronous on the CPU. The copies have no order: no block may be written twice, or written and
+    read.
+
+    Parameters
+    ----------
+    caches : array [num_blocks, ...], or sequence of such arrays
+        Anything with one entry a block: keys, values and scales of all layers in one call. Any
+        dtypes and inner shapes; all with the same num_blocks.
+    copies : array int32 [num_copies, 2]
+        Source and destination block of each copy.
+    stream : optional
+        Of a GPU call; None on the CPU.
+
+    Raises
+    ------
+    ValueError
+        A shape, dtype or block id that does not fit, named with what was expected and what came.
+    TypeError
+        An argument of a wrong kind.
+    MemoryError
+        No scratch memory. After any error nothing was written.
+    """
+    cdef cnp.ndarray pairs = as_array(copies, "copies")
+    cdef const int32_t *data = <const int32_t *>cnp.PyArray_DATA(pairs)
+    cdef int64_t n
+    if cnp.PyArray_NDIM(pairs) != 2 or cnp.PyArray_DIM(pairs, 1) != 2:
+        bad_shape(pairs, "copies", "[num_copies, 2]")
+    if cnp.PyArray_TYPE(pairs) != cnp.NPY_INT32:
+        raise ValueError(f"copies must be int32, got {pairs.dtype}")
+    if not cnp.PyArray_ISCARRAY_RO(pairs):
+        raise ValueError("copies must be C-contiguous, aligned and in native byte order")
+    host_only(stream)
+    cdef _Pools pools = _Pools(caches, True)
+    pools.apart(pairs, "copies")
+    n = cnp.PyArray_DIM(pairs, 0)
+    if n == 0 or pools.num == 0:
+        return
+    _cpu.check_copies(data, n, pools.num_blocks)
+    _cpu.copy_blocks(pools.data, pools.num, data, n)
+
+
+cdef int _rows(cnp.ndarray a, str name, int64_t n, int64_t width) except -1:
+    """Bytes of blocks on the host."""
+    if (cnp.PyArray_NDIM(a) != 2 or cnp.PyArray_DIM(a, 0) != n or cnp.PyArray_DIM(a, 1) != width):
+        bad_shape(a, name, f"[{n}, {width}], the bytes of a block in all caches for each block id")
+    if cnp.PyArray_TYPE(a) != cnp.NPY_UINT8:
+        raise ValueError(f"{name} must be uint8, got {a.dtype}")
+    if width > 1 and n and cnp.PyArray_STRIDE(a, 1) != 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got a stride of "
+                         f"{cnp.PyArray_STRIDE(a, 1)} bytes for elements of 1")
+    return 0
+
+
+def gather_blocks(caches, block_ids, out=None, *, stream=None):
+    """Copy blocks out of the caches into one buffer of bytes, to keep or to send them.
+
+    Synchronous on the CPU.
+
+    Parameters
+    ----------
+    caches : array [num_blocks, ...], or sequence of such arrays
+        As in `copy_blocks`.
+    block_ids : array int32 [n]
+        Blocks to copy; one may be there twice.
+    out : array uint8 [n, bytes of a block in all caches], optional
+        Where to write.
+    stream : optional
+        Of a GPU call; None on the CPU.
+
+    Returns
+    -------
+    array uint8 [n, bytes of a block in all caches]
+        ``out``, or a new NumPy array: in each row the block of the first cache in the order of its
+        dimensions, whatever its strides, then that of the second.
+
+    Raises
+    ------
+    ValueError
+        A shape, dtype or block id that does not fit, named with what was expected and what came.
+    TypeError
+        An argument of a wrong kind. After any error nothing was written.
+
+    See Also
+    --------
+    scatter_blocks : The reverse.
+    """
+    cdef cnp.ndarray ids = as_array(block_ids, "block_ids"), rows
+    cdef const int32_t *data = as_int32s(ids, "block_ids", "[n]", -1)
+    cdef int64_t n = cnp.PyArray_DIM(ids, 0)
+    host_only(stream)
+    cdef _Pools pools = _Pools(caches, False)
+    if out is None:
+        out = np.empty((n, pools.block_bytes), np.uint8)
+    rows = as_array(out, "out")
+    _rows(rows, "out", n, pools.block_bytes)
+    writable(rows, "out")
+    pools.apart(rows, "out")
+    apart(rows, "out", ids, "block_ids")
+    _cpu.check_blocks(data, n, pools.num_blocks, False)
+    if n and pools.block_bytes:
+        _cpu.gather_blocks(pools.data, pools.num, data, n, <char *>cnp.PyArray_DATA(rows),
+                           cnp.PyArray_STRIDE(rows, 0))
+    return out
+
+
+def scatter_blocks(caches, block_ids, data, *, stream=None):
+    """Copy blocks that `gather_blocks` gave back into the caches, at any place.
+
+    Synchronous on the CPU.
+
+    Parameters
+    ----------
+    caches : array [num_blocks, ...], or sequence of such arrays
+        As in `copy_blocks`: of the shapes and dtypes that were gathered from.
+    block_ids : array int32 [n]
+        Where each row of data goes; none may be there twice.
+    data : array uint8 [n, bytes of a block in all caches]
+        What to write.
+    stream : optional
+        Of a GPU call; None on the CPU.
+
+    Raises
+    ------
+    ValueError
+        A shape, dtype or block id that does not fit, named with what was expected and what came.
+    TypeError
+        An argument of a wrong kind.
+    MemoryError
+        No scratch memory. After any error nothing was written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> cache = np.arange(6, dtype=np.float32).reshape(3, 2)
+    >>> data = gather_blocks(cache, np.array([2, 0], np.int32))
+    >>> data.shape
+    (2, 8)
+    >>> scatter_blocks(cache, np.array([1, 2], np.int32), data)
+    >>> cache
+    array([[0., 1.],
+           [4., 5.],
+           [0., 1.]], dtype=float32)
+    """
+    cdef cnp.ndarray ids = as_array(block_ids, "block_ids"), rows = as_array(data, "data")
+    cdef const int32_t *indices = as_int32s(ids, "block_ids", "[n]", -1)
+    cdef int64_t n = cnp.PyArray_DIM(ids, 0)
+    host_only(stream)
+    cdef _Pools pools = _Pools(caches, True)
+    _rows(rows, "data", n, pools.block_bytes)
+    pools.apart(rows, "data")
+    pools.apart(ids, "block_ids")
+    _cpu.check_blocks(indices, n, pools.num_blocks, True)
+    if n and pools.block_bytes:
+        _cpu.scatter_blocks(pools.data, pools.num, indices, n, <char *>cnp.PyArray_DATA(rows),
+                            cnp.PyArray_STRIDE(rows, 0))
