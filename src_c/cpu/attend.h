@@ -124,16 +124,16 @@ static rf_shape shape_of(const rf_attention_params *p, const rf_products *f, int
 
 static int64_t score_floats(int64_t head_rows, int64_t heads) {
     if (head_rows >= RF_MANY_ROWS) return heads * head_rows * (RF_MANY_TILE + RF_SLACK);
-    return rf_pad_rows(heads * head_rows) * RF_FEW_LD;
+    return (heads * head_rows + 4) * RF_FEW_LD; /* rows are handled by four */
 }
-#define RF_TOKENS (RF_MANY_TILE + RF_SLACK) /* of arrays with one float a token */
+
 
 static int64_t scratch_floats(const rf_attention_params *p, int64_t rows, int64_t heads) {
     const int64_t head_rows = rf_head_rows(rows), all = heads * head_rows;
     const int64_t q_dim = rf_pad_dim(p->head_dim), v_dim = rf_pad_dim(p->v_head_dim);
     const int64_t row = q_dim > v_dim ? q_dim : v_dim;
     return all * q_dim + 2 * rf_state_floats(all, p->v_head_dim) + score_floats(head_rows, heads) +
-           4 * rf_pad_rows(all) + 3 * RF_TOKENS + (rows < RF_MANY_ROWS ? row : RF_MANY_TILE * row);
+           3 * rf_pad_rows(all) + 3 * RF_TILE_TOKENS + (rows < RF_MANY_ROWS ? row : RF_MANY_TILE * row);
 }
 
 /* The queries of a head, as rows, or with many rows as columns: q[unit * head_rows + row], a unit
@@ -172,29 +172,26 @@ static const float *token_scales(const rf_attention_params *p, const rf_scales *
     return out;
 }
 
-/* The scores that a query must not see become -inf; with few rows, so do those past the end of the
- * tile, up to whole vectors. */
+/* The scores of a head that a query must not see become -inf; with few rows, so do those past the
+ * end of the tile, up to whole vectors. */
 static void mask_scores(const rf_attention_params *p, const rf_shape *s, const rf_seq *seq,
                         int64_t q0, int64_t num_q, const rf_tile *t, float *scores) {
     const int n = t->n, full = s->many ? n : (n + RF_W - 1) / RF_W * RF_W;
-    const int64_t step = s->many ? s->head_rows * (RF_MANY_TILE + RF_SLACK) : s->rows * RF_FEW_LD;
     const int64_t row_step = s->many ? 1 : RF_FEW_LD, token_step = s->many ? s->head_rows : 1;
-    for (int64_t i = 0; i < num_q; i++) {
-        const int64_t first = rf_first(p, seq, q0 + i), new = seq->kv_len - seq->q_len;
+    const int64_t new = seq->kv_len - seq->q_len; /* position of the first new token */
+    for (int64_t i = 0; i < num_q; i++, scores += s->group * row_step) {
+        const int64_t first = rf_first(p, seq, q0 + i);
         const int from = t->pos[0] >= first ? 0 : tokens_before(t, first);
         const int to = tokens_before(t, rf_visible(p, seq, q0 + i));
         const uint8_t *mask = NULL;
-        if (p->mask && n > 0 && t->pos[n - 1] >= new)
+        if (p->mask && t->pos[n - 1] >= new)
             mask = p->mask + (seq->q_start + q0 + i) * p->mask_stride;
         if (from == 0 && to == full && !mask) continue;
         for (int j = 0; j < full; j++) {
-            if (j >= from && j < to &&
-                !(mask && t->pos[j] >= new && !mask[t->pos[j] - new]))
-                continue;
-            for (int64_t h = 0; h < s->heads; h++) {
-                float *at = scores + h * step + i * s->group * row_step + j * token_step;
-                for (int64_t g = 0; g < s->group; g++) at[g * row_step] = -INFINITY;
-            }
+            const int hidden = mask && j < n && t->pos[j] >= new && !mask[t->pos[j] - new];
+            if (j >= from && j < to && !hidden) continue;
+            for (int64_t g = 0; g < s->group; g++)
+                scores[g * row_step + j * token_step] = -INFINITY;
         }
     }
 }
@@ -236,8 +233,7 @@ typedef struct rf_work {
     const rf_task *task;
     const char *k, *v; /* of the task's first head */
     char *q;
-    float *scores, *alpha, *work, *slope, *position, *key, *k_scale, *v_scale, *wide;
-    rf_ahead ahead;
+    float *scores, *alpha, *slope, *position, *key, *k_scale, *v_scale, *wide;
 } rf_work;
 
 RF_INLINE float *scores_at(const rf_work *w, int h) {
@@ -268,55 +264,73 @@ static void change_logits(rf_work *w, const rf_tile *t, int h, float *s) {
     else logits_few(s, t->n, shape->rows, &l);
 }
 
+/* Keys or values of a tile, from the task's first head on. */
+typedef struct rf_source {
+    const char *base;
+    const rf_paged *pool;
+    const int64_t *off; /* NULL: there are none */
+    int n, skip;        /* tokens; heads ahead */
+} rf_source;
+
+RF_INLINE const char *at_head(const char *base, const rf_paged *pool, int size, int h) {
+    return base + h * pool->head_stride * size;
+}
+static rf_source source_of(const char *base, const rf_paged *pool, const int64_t *off, int n,
+                           int dim, int size, int heads) {
+    const int skip = RF_AHEAD_BYTES / (n * dim * size);
+    return (rf_source){base, pool, off, n, skip < 1 ? 1 : skip < heads ? skip : heads};
+}
+/* What to fetch while head h of `now` is read: a later head, or one of what comes next. */
+RF_INLINE rf_ahead ahead_of(const rf_source *now, const rf_source *next, int size, int h,
+                            int heads) {
+    const int later = h + now->skip;
+    if (later < heads) return (rf_ahead){at_head(now->base, now->pool, size, later), now->off, now->n};
+    if (!next->off) return (rf_ahead){NULL, NULL, 0};
+    return (rf_ahead){at_head(next->base, next->pool, size, later - heads), next->off, now->n};
+}
+
 static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state st, int fresh) {
     const rf_attention_params *p = w->p;
     const rf_products *f = w->f;
     const rf_shape *s = &w->shape;
     const int heads = s->heads, n = t->n, size = rf_size[p->kv_dtype];
     const float base = p->scale * RF_LOG2E;
+    const rf_source keys = source_of(w->k, &p->k, t->k, n, p->head_dim, size, heads);
+    const rf_source values = source_of(w->v, &p->v, t->v, n, p->v_head_dim, size, heads);
+    const rf_source next_keys = {w->k, &p->k, next ? next->k : NULL, 0, 0};
     const int features = p->softcap != 0.0f || p->alibi_slopes || scales_by_token(p, &p->k_scale);
 
-    make_ahead(&p->v, w->v, size, t->v, n, heads, n * heads, &w->ahead);
     for (int h = 0; h < heads; h++) {
-        const rf_phase x = {w->k + h * p->k.head_stride * size, t->k, w->ahead.row + h * n, n,
-                            p->head_dim};
-        const char *q = w->q + h * s->head_rows * s->q_dim * 4;
-        const float factor = base * head_scale(p, &p->k_scale, w->task->head + h);
-        if (s->many) f->scores_many(q, s->head_rows, &x, factor, scores_at(w, h), w->wide);
-        else f->scores_few(q, s->q_dim, &x, s->rows, factor, scores_at(w, h));
-        if (features) change_logits(w, t, h, scores_at(w, h));
-    }
-    mask_scores(p, s, &w->seq, w->task->q0, w->task->num_q, t, w->scores);
+        rf_phase x = {at_head(w->k, &p->k, size, h), t->k,
+                      ahead_of(&keys, &values, size, h, heads), n, p->head_dim};
+        x.ahead.n = n - n / 4; /* the softmax takes time, too, in which memory must not rest */
+        const int64_t head = w->task->head + h, r = h * s->head_rows;
+        const char *q = w->q + r * s->q_dim * 4;
+        const float factor = base * head_scale(p, &p->k_scale, head);
+        float *to = scores_at(w, h), *max = st.max + r, *sum = st.sum + r, *alpha = w->alpha + r;
+        if (s->many) f->scores_many(q, s->head_rows, &x, factor, to, w->wide);
+        else f->scores_few(q, s->q_dim, &x, s->rows, factor, to);
+        if (x.ahead.base)
+            for (int i = x.ahead.n; i < n; i++) prefetch_vector(&x.ahead, i, size, p->head_dim);
+        if (features) change_logits(w, t, h, to);
+        mask_scores(p, s, &w->seq, w->task->q0, w->task->num_q, t, to);
 
-    if (!s->many) softmax_few(w->scores, n, s->all, st.max, st.sum, w->alpha, w->work);
-    for (int h = 0; h < heads; h++) {
-        const int64_t r = h * s->head_rows;
-        const float *scale = token_scales(p, &p->v_scale, t->v_scale, n, w->task->head + h,
-                                          w->v_scale);
-        float *to = scores_at(w, h);
-        if (s->many && f->pack)
-            softmax_many(to, s->head_rows, n, st.max + r, st.sum + r, w->alpha + r, scale, f->pack);
-        else if (s->many)
-            softmax_many(to, s->head_rows, n, st.max + r, st.sum + r, w->alpha + r, scale, NULL);
-        else if (scale)
-            for (int64_t i = 0; i < s->rows; i++)
-                for (int j = 0; j < n; j += RF_W) {
-                    float *at = to + i * RF_FEW_LD + j;
-                    vf_store(at, vf_mul(vf_load(at), vf_load(scale + j)));
-                }
+        const float *scale = token_scales(p, &p->v_scale, t->v_scale, n, head, w->v_scale);
+        if (!s->many) {
+            softmax_few(to, n, s->rows, max, sum, alpha);
+            if (scale) scale_few(to, n, s->rows, scale);
+        } else if (f->pack) softmax_many(to, s->head_rows, n, max, sum, alpha, scale, f->pack);
+        else softmax_many(to, s->head_rows, n, max, sum, alpha, scale, NULL);
     }
 
-    if (next) {
-        make_ahead(&p->k, w->k, size, next->k, next->n, heads, n * heads, &w->ahead);
-        if (scales_by_token(p, &p->k_scale))
-            prefetch_scales(&p->k_scale, next->k_scale, next->n, w->task->head, heads);
-        if (scales_by_token(p, &p->v_scale))
-            prefetch_scales(&p->v_scale, next->v_scale, next->n, w->task->head, heads);
-    }
+    if (next && scales_by_token(p, &p->k_scale))
+        prefetch_scales(&p->k_scale, next->k_scale, next->n, w->task->head, heads);
+    if (next && scales_by_token(p, &p->v_scale))
+        prefetch_scales(&p->v_scale, next->v_scale, next->n, w->task->head, heads);
     for (int h = 0; h < heads; h++) {
         const int64_t r = h * s->head_rows;
-        const rf_phase x = {w->v + h * p->v.head_stride * size, t->v, w->ahead.row + h * n, n,
-                            p->v_head_dim};
+        const rf_phase x = {at_head(w->v, &p->v, size, h), t->v,
+                            ahead_of(&values, &next_keys, size, h, heads), n, p->v_head_dim};
         float *acc = st.acc + r * s->v_dim, *to = scores_at(w, h);
         const float *alpha = fresh ? NULL : w->alpha + r;
         if (s->many) f->values_many(acc, s->v_dim, alpha, to, s->head_rows, &x, s->rows, w->wide);
@@ -338,13 +352,12 @@ static void attend(const rf_attention_params *p, const rf_task *task, float *scr
     w.q = (char *)(later + state);
     w.scores = (float *)(void *)w.q + s->all * s->q_dim;
     w.alpha = w.scores + score_floats(s->head_rows, s->heads);
-    w.work = w.alpha + rf_pad_rows(s->all);
-    w.slope = w.work + rf_pad_rows(s->all);
+    w.slope = w.alpha + rf_pad_rows(s->all);
     w.position = w.slope + rf_pad_rows(s->all);
     w.key = w.position + rf_pad_rows(s->all);
-    w.k_scale = w.key + RF_TOKENS;
-    w.v_scale = w.k_scale + RF_TOKENS;
-    w.wide = w.v_scale + RF_TOKENS;
+    w.k_scale = w.key + RF_TILE_TOKENS;
+    w.v_scale = w.k_scale + RF_TILE_TOKENS;
+    w.wide = w.v_scale + RF_TILE_TOKENS;
 
     const int64_t token = w.seq.q_start + task->q0;
     for (int h = 0; h < s->heads; h++)
@@ -369,7 +382,7 @@ static void attend(const rf_attention_params *p, const rf_task *task, float *scr
     if (!states) clear_state(state_at(whole, s->all, s->v_dim), s->all, s->v_dim);
     if (pos < last) {
         const int64_t end = (pos / RF_PART + 1) * RF_PART < last ? (pos / RF_PART + 1) * RF_PART : last;
-        make_tile(p, &w.seq, pos, pos + length < end ? pos + length : end, &tiles[0]);
+        make_tile(p, &w.seq, pos, pos + length < end ? pos + length : end, length, &tiles[0]);
     }
     for (int64_t part = task->part0; part < task->part1; part++) {
         const int in_place = !states && part * RF_PART <= first;
@@ -387,7 +400,7 @@ static void attend(const rf_attention_params *p, const rf_task *task, float *scr
             if (pos < last) { /* what is read next can be prefetched when it is known */
                 const int64_t limit = (pos / RF_PART + 1) * RF_PART < last ? (pos / RF_PART + 1) * RF_PART : last;
                 next = &tiles[now ^= 1];
-                make_tile(p, &w.seq, pos, pos + length < limit ? pos + length : limit, next);
+                make_tile(p, &w.seq, pos, pos + length < limit ? pos + length : limit, length, next);
             }
             if (t->n == 0) continue;
             add_tile(&w, t, next, st, fresh);

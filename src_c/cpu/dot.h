@@ -137,13 +137,15 @@ RF_INLINE void pack_row(float *p, int n) {
 
 /* Scores of tb tokens with nv vectors of rows, s[token * ld + row]. q: pairs of elements,
  * q[pair * ld + row]; keys are bfloat16 in the same order of elements. */
-RF_INLINE void dot_many_block(const uint32_t *q, int64_t ld, const uint16_t *const *k, int dim,
-                              int tb, int nv, vf factor, float *s) {
+RF_INLINE void dot_many_block(const uint32_t *q, int64_t ld, const uint16_t *const *k,
+                              const rf_ahead *ahead, int first, int dim, int tb, int nv, vf factor,
+                              float *s) {
     vf acc[12][4];
     for (int t = 0; t < tb; t++)
         for (int j = 0; j < nv; j++) acc[t][j] = vf_zero();
     for (int d = 0; d < dim / 2; d++) {
         __m512i x[4];
+        if (ahead) prefetch_element(ahead, first, tb, 2 * d, (int)sizeof(uint16_t));
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) x[j] = _mm512_loadu_si512(q + d * ld + j * 16);
 #pragma GCC unroll 12
@@ -163,21 +165,18 @@ RF_INLINE void dot_many_block(const uint32_t *q, int64_t ld, const uint16_t *con
 
 /* Of tokens past the end, the scores are written and not read. */
 RF_INLINE void dot_many_rows(const uint32_t *q, int64_t ld, const rf_phase *x,
-                             const char *const *ahead, int tb, int nv, vf factor, float *s) {
+                             const rf_ahead *ahead, int tb, int nv, vf factor, float *s) {
     for (int t = 0; t < x->n; t += tb) {
         const uint16_t *k[12];
-        for (int i = 0; i < tb; i++) {
-            k[i] = (const uint16_t *)x->base + x->off[t + i < x->n ? t + i : x->n - 1];
-            if (ahead) prefetch_row(ahead[t + i], x->dim * (int)sizeof(uint16_t));
-        }
-        dot_many_block(q, ld, k, x->dim, tb, nv, factor, s + t * ld);
+        for (int i = 0; i < tb; i++) k[i] = (const uint16_t *)x->base + x->off[t + i];
+        dot_many_block(q, ld, k, t < x->ahead.n ? ahead : NULL, t, x->dim, tb, nv, factor, s + t * ld);
     }
 }
 
 static void dot_scores_many(const void *query, int64_t ld, const rf_phase *x, float factor, float *s) {
     const uint32_t *q = query;
     const vf f = vf_set1(factor);
-    const char *const *ahead = x->ahead; /* for the first rows only */
+    const rf_ahead *ahead = x->ahead.base ? &x->ahead : NULL; /* for the first rows only */
     for (int64_t r = 0, nv; r < ld; r += nv * 16, ahead = NULL) {
         nv = (ld - r) / 16 < 4 ? (ld - r) / 16 : 4;
         switch (nv) {

@@ -60,19 +60,19 @@ static void NAME(query)(const void *query, int dim, void *out) {
 /* Scores of rb rows with four tokens; u: which four of the tile. fixed: dim is known when
  * compiling, a multiple of 64. */
 RF_INLINE void NAME(qk_block)(const rf_table *table, const uint16_t *q, int64_t ldq,
-                              const T *const k[4], const char *const *ahead, int u, int dim,
+                              const T *const k[4], const rf_ahead *ahead, int u, int dim,
                               int fixed, int rb, vf factor, float *s) {
     vf acc[4][4];
     for (int r = 0; r < rb; r++)
         for (int t = 0; t < 4; t++) acc[r][t] = vf_zero();
     const int step = 4 * 64 * (int)sizeof(T), bytes = dim * (int)sizeof(T);
     if (ahead && !fixed)
-        for (int t = 0; t < 4; t++) prefetch_row(ahead[u * 4 + t], bytes);
+        for (int t = 0; t < 4; t++) prefetch_vector(ahead, u * 4 + t, (int)sizeof(T), dim);
     for (int c = 0; c < dim; c += 64) {
         __m512i ka[4], kb[4];
 #pragma GCC unroll 4
         for (int t = 0; t < 4; t++) NAME(words)(table, k[t] + c, dim - c, &ka[t], &kb[t]);
-        if (ahead && fixed) prefetch_step(ahead, u * (dim / 64) + c / 64, step, bytes);
+        if (ahead && fixed) prefetch_step(ahead, u * (dim / 64) + c / 64, step, (int)sizeof(T), bytes);
 #pragma GCC unroll 4
         for (int r = 0; r < rb; r++) {
             __m512i qa = _mm512_loadu_si512(q + r * ldq + c);
@@ -87,21 +87,21 @@ RF_INLINE void NAME(qk_block)(const rf_table *table, const uint16_t *q, int64_t 
 }
 
 RF_INLINE void NAME(qk_tokens)(const uint16_t *q, int64_t ldq, const rf_phase *x,
-                               const char *const *ahead, int dim, int fixed, int rb, vf factor,
+                               const rf_ahead *ahead, int dim, int fixed, int rb, vf factor,
                                float *s) {
     const rf_table table = table_of(RF_TABLE);
     for (int t = 0; t < x->n; t += 4) {
         const T *k[4];
         for (int i = 0; i < 4; i++) /* past the end: scores nobody reads */
-            k[i] = (const T *)x->base + x->off[t + i < x->n ? t + i : x->n - 1];
-        NAME(qk_block)(&table, q, ldq, k, ahead, t / 4, dim, fixed, rb, factor, s);
+            k[i] = (const T *)x->base + x->off[t + i];
+        NAME(qk_block)(&table, q, ldq, k, t < x->ahead.n ? ahead : NULL, t / 4, dim, fixed, rb, factor, s);
     }
 }
 
 /* The first block of rows prefetches, the others find the keys in the cache. */
 RF_INLINE void NAME(qk_rows)(const uint16_t *q, int64_t ldq, const rf_phase *x, int dim, int fixed,
                              int64_t rows, vf factor, float *s) {
-    const char *const *ahead = x->ahead;
+    const rf_ahead *ahead = x->ahead.base ? &x->ahead : NULL;
     for (int64_t r = 0; r < rows; r += 4, ahead = NULL, q += 4 * ldq, s += 4 * RF_FEW_LD)
         switch (rows - r) {
         case 1: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 1, factor, s); break;
@@ -124,7 +124,7 @@ static void NAME(qk_few)(const void *query, int64_t ldq, const rf_phase *x, int6
 
 /* acc = acc * alpha + p v for rb rows and the 64 elements from c on; p: pairs of tokens. */
 RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
-                              const rf_phase *x, const char *const *ahead, int dim, int fixed,
+                              const rf_phase *x, const rf_ahead *ahead, int dim, int fixed,
                               int c, int rb) {
     const rf_table table = table_of(RF_TABLE);
     const T *base = (const T *)x->base + c;
@@ -142,9 +142,11 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
         __m512i v[4];
         const int64_t second = 2 * t + 1 < x->n ? 2 * t + 1 : 2 * t; /* its probability is 0 */
         NAME(pairs)(&table, base + x->off[2 * t], base + x->off[second], dim - c, v);
-        if (ahead && fixed) prefetch_step(ahead, c / 64 * pairs + t, step, bytes);
-        else if (ahead && c == 0)
-            prefetch_row(ahead[2 * t], bytes), prefetch_row(ahead[2 * t + 1], bytes);
+        if (ahead && fixed) prefetch_step(ahead, c / 64 * pairs + t, step, (int)sizeof(T), bytes);
+        else if (ahead && c == 0) {
+            prefetch_vector(ahead, 2 * t, (int)sizeof(T), dim);
+            prefetch_vector(ahead, 2 * t + 1, (int)sizeof(T), dim);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < rb; r++) {
             __m512i y = _mm512_set1_epi32((int)p[r * RF_FEW_LD + t]);
@@ -161,7 +163,7 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
 RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
                              const rf_phase *x, int dim, int fixed, int64_t rows) {
     for (int64_t r = 0; r < rows; r += 4) {
-        const char *const *ahead = r ? NULL : x->ahead;
+        const rf_ahead *ahead = r || !x->ahead.base ? NULL : &x->ahead;
         const float *factor = alpha ? alpha + r : NULL;
         float *to = acc + r * lda;
         const uint32_t *pr = p + r * RF_FEW_LD;
@@ -193,8 +195,10 @@ static void NAME(pack_values)(const rf_phase *x, uint32_t *out, int64_t ld) {
     for (int t = 0; t < x->n; t += 2, out += ld) {
         const int second = t + 1 < x->n ? t + 1 : t; /* its probability is 0 */
         const T *p = (const T *)x->base + x->off[t], *q = (const T *)x->base + x->off[second];
-        prefetch_row(x->ahead[t], x->dim * (int)sizeof(T));
-        prefetch_row(x->ahead[t + 1], x->dim * (int)sizeof(T));
+        if (x->ahead.base) {
+            prefetch_vector(&x->ahead, t, (int)sizeof(T), x->dim);
+            prefetch_vector(&x->ahead, t + 1, (int)sizeof(T), x->dim);
+        }
         for (int c = 0; c < x->dim; c += 64) {
             __m512i v[4];
             NAME(pairs)(&table, p + c, q + c, x->dim - c, v);
@@ -209,7 +213,7 @@ static void NAME(widen)(const rf_phase *x, uint16_t *out, int64_t ld) {
     const rf_table table = table_of(RF_TABLE);
     for (int t = 0; t < x->n; t++, out += ld) {
         const T *p = (const T *)x->base + x->off[t];
-        prefetch_row(x->ahead[t], x->dim * (int)sizeof(T));
+        if (x->ahead.base) prefetch_vector(&x->ahead, t, (int)sizeof(T), x->dim);
         for (int c = 0; c < x->dim; c += 64) {
             __m512i a, b;
             NAME(words)(&table, p + c, x->dim - c, &a, &b);

@@ -7,13 +7,15 @@
 
 /* Scores of tb tokens with nv vectors of rows, s[token * ld + row]: a key's element meets all rows
  * at once, so keys are broadcast and nothing is summed across lanes. q[element * ld + row]. */
-RF_INLINE void qk_many_block(const float *q, int64_t ld, const float *const *k, int dim, int tb,
-                             int nv, vf factor, float *s) {
+RF_INLINE void qk_many_block(const float *q, int64_t ld, const float *const *k,
+                             const rf_ahead *ahead, int first, int dim, int tb, int nv, vf factor,
+                             float *s) {
     vf acc[RF_MANY_TB][RF_MANY_NV];
     for (int t = 0; t < tb; t++)
         for (int j = 0; j < nv; j++) acc[t][j] = vf_zero();
     for (int d = 0; d < dim; d++) {
         vf x[RF_MANY_NV];
+        if (ahead) prefetch_element(ahead, first, tb, d, (int)sizeof(float));
 #pragma GCC unroll 8
         for (int j = 0; j < nv; j++) x[j] = vf_load(q + d * ld + j * RF_W);
 #pragma GCC unroll 16
@@ -31,20 +33,17 @@ RF_INLINE void qk_many_block(const float *q, int64_t ld, const float *const *k, 
 
 /* Of tokens past the end, the scores are written and not read. */
 RF_INLINE void qk_many_rows(const float *q, int64_t ld, const rf_phase *x,
-                            const char *const *ahead, int tb, int nv, vf factor, float *s) {
+                            const rf_ahead *ahead, int tb, int nv, vf factor, float *s) {
     for (int t = 0; t < x->n; t += tb) {
         const float *k[RF_MANY_TB];
-        for (int i = 0; i < tb; i++) {
-            k[i] = (const float *)x->base + x->off[t + i < x->n ? t + i : x->n - 1];
-            if (ahead) prefetch_row(ahead[t + i], x->dim * (int)sizeof(float));
-        }
-        qk_many_block(q, ld, k, x->dim, tb, nv, factor, s + t * ld);
+        for (int i = 0; i < tb; i++) k[i] = (const float *)x->base + x->off[t + i];
+        qk_many_block(q, ld, k, t < x->ahead.n ? ahead : NULL, t, x->dim, tb, nv, factor, s + t * ld);
     }
 }
 
 static void scores_of_many(const float *q, int64_t ld, const rf_phase *x, float factor, float *s) {
     const vf f = vf_set1(factor);
-    const char *const *ahead = x->ahead; /* for the first rows only */
+    const rf_ahead *ahead = x->ahead.base ? &x->ahead : NULL; /* for the first rows only */
     for (int64_t r = 0, nv; r < ld; r += nv * RF_W, ahead = NULL) {
         nv = (ld - r) / RF_W < RF_MANY_NV ? (ld - r) / RF_W : RF_MANY_NV;
         switch (nv) {
@@ -61,11 +60,11 @@ static void scores_of_many(const float *q, int64_t ld, const rf_phase *x, float 
 /* A tile that was converted: its vectors one after the other. */
 typedef struct rf_wide {
     rf_phase phase;
-    int64_t off[RF_MANY_TILE];
+    int64_t off[RF_TILE_TOKENS];
 } rf_wide;
 RF_INLINE void widened(rf_wide *w, const rf_phase *x, const void *base, int64_t ld, int dim) {
-    for (int t = 0; t < x->n; t++) w->off[t] = t * ld;
-    w->phase = (rf_phase){base, w->off, NULL, x->n, dim};
+    for (int t = 0; t < x->n + RF_SLACK; t++) w->off[t] = (t < x->n ? t : x->n - 1) * ld;
+    w->phase = (rf_phase){base, w->off, {NULL, NULL, 0}, x->n, dim};
 }
 
 #define T           float

@@ -8,14 +8,14 @@
 /* Scores of rb rows with RF_TB tokens; u: which block of the tile. fixed: dim is known when
  * compiling, a multiple of 4 vectors. */
 RF_INLINE void NAME(qk_block)(const float *q, int64_t ldq, const T *const k[RF_TB],
-                              const char *const *ahead, int u, int dim, int fixed, int rb,
+                              const rf_ahead *ahead, int u, int dim, int fixed, int rb,
                               vf factor, float *s) {
     vf acc[RF_RB][RF_TB];
     for (int r = 0; r < rb; r++)
         for (int t = 0; t < RF_TB; t++) acc[r][t] = vf_zero();
     const int step = RF_TB * 2 * RF_W * (int)sizeof(T), bytes = dim * (int)sizeof(T);
     if (ahead && !fixed)
-        for (int t = 0; t < RF_TB; t++) prefetch_row(ahead[u * RF_TB + t], bytes);
+        for (int t = 0; t < RF_TB; t++) prefetch_vector(ahead, u * RF_TB + t, (int)sizeof(T), dim);
     for (int c = 0; c < dim; c += 2 * RF_W) {
         vf ka[RF_TB], kb[RF_TB];
 #pragma GCC unroll 8
@@ -23,7 +23,9 @@ RF_INLINE void NAME(qk_block)(const float *q, int64_t ldq, const T *const k[RF_T
             if (dim - c >= 2 * RF_W) rf_ld2(k[t] + c, &ka[t], &kb[t]);
             else rf_ld2_part(k[t] + c, dim - c, &ka[t], &kb[t]);
         }
-        if (ahead && fixed) prefetch_step(ahead, u * (dim / (2 * RF_W)) + c / (2 * RF_W), step, bytes);
+        if (ahead && fixed)
+            prefetch_step(ahead, u * (dim / (2 * RF_W)) + c / (2 * RF_W), step, (int)sizeof(T),
+                          bytes);
 #pragma GCC unroll 8
         for (int r = 0; r < rb; r++) {
             vf qa = vf_load(q + r * ldq + c), qb = vf_load(q + r * ldq + c + RF_W);
@@ -36,21 +38,21 @@ RF_INLINE void NAME(qk_block)(const float *q, int64_t ldq, const T *const k[RF_T
     rf_reduce(acc, rb, factor, s + u * RF_TB, RF_FEW_LD);
 }
 
-RF_INLINE void NAME(qk_tokens)(const float *q, int64_t ldq, const rf_phase *x,
-                               const char *const *ahead, int dim, int fixed, int rb, vf factor,
+RF_INLINE void NAME(qk_tokens)(const float *q, int64_t ldq, rf_phase x,
+                               const rf_ahead *ahead, int dim, int fixed, int rb, vf factor,
                                float *s) {
-    for (int t = 0; t < x->n; t += RF_TB) {
+    for (int t = 0; t < x.n; t += RF_TB) {
         const T *k[RF_TB];
         for (int i = 0; i < RF_TB; i++) /* past the end: scores nobody reads */
-            k[i] = (const T *)x->base + x->off[t + i < x->n ? t + i : x->n - 1];
-        NAME(qk_block)(q, ldq, k, ahead, t / RF_TB, dim, fixed, rb, factor, s);
+            k[i] = (const T *)x.base + x.off[t + i];
+        NAME(qk_block)(q, ldq, k, t < x.ahead.n ? ahead : NULL, t / RF_TB, dim, fixed, rb, factor, s);
     }
 }
 
 /* The first block of rows prefetches, the others find the keys in the cache. */
-RF_INLINE void NAME(qk_rows)(const float *q, int64_t ldq, const rf_phase *x, int dim, int fixed,
+RF_INLINE void NAME(qk_rows)(const float *q, int64_t ldq, rf_phase x, int dim, int fixed,
                              int64_t rows, vf factor, float *s) {
-    const char *const *ahead = x->ahead;
+    const rf_ahead *ahead = x.ahead.base ? &x.ahead : NULL;
     int64_t r = 0;
     for (; r + RF_RB <= rows; r += RF_RB, ahead = NULL)
         NAME(qk_tokens)(q + r * ldq, ldq, x, ahead, dim, fixed, RF_RB, factor, s + r * RF_FEW_LD);
@@ -70,16 +72,16 @@ static void NAME(qk_few)(const void *query, int64_t ldq, const rf_phase *x, int6
     const float *q = query;
     const vf f = vf_set1(factor);
     switch (x->dim) {
-    case 64: NAME(qk_rows)(q, ldq, x, 64, 1, rows, f, s); break;
-    case 128: NAME(qk_rows)(q, ldq, x, 128, 1, rows, f, s); break;
-    default: NAME(qk_rows)(q, ldq, x, x->dim, 0, rows, f, s); break;
+    case 64: NAME(qk_rows)(q, ldq, *x, 64, 1, rows, f, s); break;
+    case 128: NAME(qk_rows)(q, ldq, *x, 128, 1, rows, f, s); break;
+    default: NAME(qk_rows)(q, ldq, *x, x->dim, 0, rows, f, s); break;
     }
 }
 
 /* acc = acc * alpha + p v (p v for alpha NULL) for rb rows and `pairs` pairs of vectors from
  * element c on; the last may be a part. Probabilities: p[row * rs + token * ts]. */
 RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const float *p,
-                              int64_t rs, int64_t ts, const rf_phase *x, const char *const *ahead,
+                              int64_t rs, int64_t ts, rf_phase x, const rf_ahead *ahead,
                               int dim, int fixed, int c, int pairs, int part, int rb) {
     vf a[RF_RB][4];
     acc += c;
@@ -90,8 +92,8 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
             a[r][j] =
                 alpha ? vf_mul(vf_load(acc + r * lda + j * RF_W), vf_set1(alpha[r])) : vf_zero();
     const int step = 4 * RF_W * (int)sizeof(T), bytes = dim * (int)sizeof(T);
-    for (int t = 0; t < x->n; t++) {
-        const T *row = (const T *)x->base + x->off[t] + c;
+    for (int t = 0; t < x.n; t++) {
+        const T *row = (const T *)x.base + x.off[t] + c;
         vf v[4];
 #pragma GCC unroll 8
         for (int j = 0; j < pairs; j++) {
@@ -99,8 +101,9 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
                 rf_ld2_part(row + j * 2 * RF_W, part, &v[2 * j], &v[2 * j + 1]);
             else rf_ld2(row + j * 2 * RF_W, &v[2 * j], &v[2 * j + 1]);
         }
-        if (ahead && fixed) prefetch_step(ahead, c / (4 * RF_W) * x->n + t, step, bytes);
-        else if (ahead && c == 0) prefetch_row(ahead[t], bytes);
+        if (ahead && fixed)
+            prefetch_step(ahead, c / (4 * RF_W) * x.n + t, step, (int)sizeof(T), bytes);
+        else if (ahead && c == 0) prefetch_vector(ahead, t, (int)sizeof(T), dim);
 #pragma GCC unroll 8
         for (int r = 0; r < rb; r++) {
             vf pr = vf_set1(p[r * rs + t * ts]);
@@ -115,7 +118,7 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
 }
 
 RF_INLINE void NAME(pv_dims)(float *acc, int64_t lda, const float *alpha, const float *p,
-                             int64_t rs, int64_t ts, const rf_phase *x, const char *const *ahead,
+                             int64_t rs, int64_t ts, rf_phase x, const rf_ahead *ahead,
                              int dim, int fixed, int rb) {
     int c = 0;
     for (; c + 4 * RF_W <= dim; c += 4 * RF_W)
@@ -127,9 +130,9 @@ RF_INLINE void NAME(pv_dims)(float *acc, int64_t lda, const float *alpha, const 
 }
 
 RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const float *p,
-                             int64_t rs, int64_t ts, const rf_phase *x, int dim, int fixed,
+                             int64_t rs, int64_t ts, rf_phase x, int dim, int fixed,
                              int64_t rows) {
-    const char *const *ahead = x->ahead;
+    const rf_ahead *ahead = x.ahead.base ? &x.ahead : NULL;
     int64_t r = 0;
     for (; r + RF_RB <= rows; r += RF_RB, ahead = NULL)
         NAME(pv_dims)(acc + r * lda, lda, alpha ? alpha + r : NULL, p + r * rs, rs, ts, x, ahead,
@@ -148,9 +151,9 @@ RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const 
 static void NAME(pv)(float *acc, int64_t lda, const float *alpha, const float *p, int64_t rs,
                      int64_t ts, const rf_phase *x, int64_t rows) {
     switch (x->dim) {
-    case 64: NAME(pv_rows)(acc, lda, alpha, p, rs, ts, x, 64, 1, rows); break;
-    case 128: NAME(pv_rows)(acc, lda, alpha, p, rs, ts, x, 128, 1, rows); break;
-    default: NAME(pv_rows)(acc, lda, alpha, p, rs, ts, x, x->dim, 0, rows); break;
+    case 64: NAME(pv_rows)(acc, lda, alpha, p, rs, ts, *x, 64, 1, rows); break;
+    case 128: NAME(pv_rows)(acc, lda, alpha, p, rs, ts, *x, 128, 1, rows); break;
+    default: NAME(pv_rows)(acc, lda, alpha, p, rs, ts, *x, x->dim, 0, rows); break;
     }
 }
 
@@ -178,7 +181,7 @@ static void NAME(widen)(const rf_phase *x, float *out, int64_t ld) {
     for (int t = 0; t < x->n; t++) {
         const T *row = (const T *)x->base + x->off[t];
         float *to = out + t * ld;
-        prefetch_row(x->ahead[t], x->dim * (int)sizeof(T));
+        if (x->ahead.base) prefetch_vector(&x->ahead, t, (int)sizeof(T), x->dim);
         for (int c = 0; c < x->dim; c += 2 * RF_W) {
             vf a, b;
             if (x->dim - c >= 2 * RF_W) rf_ld2(row + c, &a, &b);

@@ -12,6 +12,8 @@
 
 /* Floats from one row of scores to the next, with few rows. */
 #define RF_FEW_LD (RF_FEW_TILE + RF_SLACK)
+/* Rows that are handled at once, with few: whole vectors of them. */
+#define RF_FEW_ROWS 16
 
 /* tanh within 3e-7: an odd polynomial, fitted for the least relative error on [0, 0.625], and
  * 1 - 2 / (e^2x + 1) beyond, where nothing cancels. */
@@ -111,35 +113,48 @@ RF_INLINE vf new_maximum(vf top, float *max, float *alpha) {
 }
 
 /* Scores of n tokens become probabilities relative to the new maximum of their row; alpha is the
- * factor of everything summed before. max, sum, alpha and work have rf_pad_rows(rows) entries, and
- * the rows of scores up to there are scratch. */
+ * factor of everything summed before. rows < RF_MANY_ROWS; scores have RF_FEW_ROWS. */
 static void softmax_few(float *scores, int32_t n, int64_t rows, float *max, float *sum,
-                        float *alpha, float *work) {
+                        float *alpha) {
     const int32_t full = (n + RF_W - 1) / RF_W * RF_W;
     const vf none = vf_set1(-INFINITY);
-    /* Four rows at a time: their reductions share the shuffles. */
+    const size_t bytes = (size_t)rows * sizeof(float);
+    float top[RF_FEW_ROWS], total[RF_FEW_ROWS], now[RF_FEW_ROWS], factor[RF_FEW_ROWS];
+    for (int r = 0; r < RF_FEW_ROWS; r += RF_W) vf_store(now + r, none);
+    memcpy(now, max, bytes);
+    /* Four rows at a time: their reductions share the shuffles. Those past the last are scratch. */
     for (int64_t r = 0; r < rows; r += 4) {
         const float *s = scores + r * RF_FEW_LD;
-        vf top[4] = {none, none, none, none};
+        vf x[4] = {none, none, none, none};
         for (int32_t i = 0; i < full; i += RF_W)
-            for (int j = 0; j < 4; j++) top[j] = vf_max(vf_load(s + j * RF_FEW_LD + i), top[j]);
-        vf_hmax4(top, work + r);
+            for (int j = 0; j < 4; j++) x[j] = vf_max(vf_load(s + j * RF_FEW_LD + i), x[j]);
+        vf_hmax4(x, top + r);
     }
     for (int64_t r = 0; r < rows; r += RF_W)
-        vf_store(work + r, new_maximum(vf_load(work + r), max + r, alpha + r));
+        vf_store(top + r, new_maximum(vf_load(top + r), now + r, factor + r));
     for (int64_t r = 0; r < rows; r += 4) {
         float *s = scores + r * RF_FEW_LD;
-        vf total[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
+        vf x[4] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
         for (int32_t i = 0; i < full; i += RF_W)
             for (int j = 0; j < 4; j++) {
-                vf e = vf_exp2(vf_sub(vf_load(s + j * RF_FEW_LD + i), vf_set1(work[r + j])));
+                vf e = vf_exp2(vf_sub(vf_load(s + j * RF_FEW_LD + i), vf_set1(top[r + j])));
                 vf_store(s + j * RF_FEW_LD + i, e);
-                total[j] = vf_add(total[j], e);
+                x[j] = vf_add(x[j], e);
             }
-        vf_hsum4(total, work + r);
+        vf_hsum4(x, total + r);
     }
-    for (int64_t r = 0; r < rows; r += RF_W)
-        vf_store(sum + r, vf_fma(vf_load(sum + r), vf_load(alpha + r), vf_load(work + r)));
+    memcpy(max, now, bytes);
+    memcpy(alpha, factor, bytes);
+    for (int64_t r = 0; r < rows; r++) sum[r] = sum[r] * factor[r] + total[r];
+}
+
+/* Factors of each token's values, for the value product alone. */
+static void scale_few(float *p, int n, int64_t rows, const float *scale) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int t = 0; t < n; t += RF_W) {
+            float *at = p + r * RF_FEW_LD + t;
+            vf_store(at, vf_mul(vf_load(at), vf_load(scale + t)));
+        }
 }
 
 /* The same for many rows, ld of them, a multiple of 16: lanes are rows, and nothing is shuffled.
