@@ -46,6 +46,7 @@ cdef extern from "rf/cpu.h" nogil:
     int rf_cpu_create(const char *isa, int threads, rf_cpu **out)
     int rf_cpu_set_threads(rf_cpu *cpu, int threads)
     int rf_cpu_get_threads(const rf_cpu *cpu)
+    int64_t rf_cpu_busy_ns(const rf_cpu *cpu)
     int rf_cpu_online()
     const char *rf_cpu_isa_name(int i)
     int rf_cpu_isa_available(const char *isa)
@@ -257,6 +258,11 @@ def set_num_threads(n):
 def get_num_threads():
     """Return how many threads the CPU operations use, the calling one included."""
     return rf_cpu_get_threads(_cpu)
+
+
+def busy_seconds():
+    """Return the seconds that threads spent in work they shared, all of them added up, so far."""
+    return 1e-9 * rf_cpu_busy_ns(_cpu)
 
 
 def isa():

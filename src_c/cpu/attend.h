@@ -30,8 +30,8 @@ typedef struct rf_products {
     void (*finish)(const float *acc, int dim, float f, void *out);
 } rf_products;
 
-/* Rows of queries in float32, and rows of sums as outputs: for each type, whole pairs of vectors and
- * a part. */
+/* Rows of queries in float32, and rows of sums as outputs: for each type, whole pairs of vectors
+ * and a part. */
 #define RF_QUERY(name, T)                                                                          \
     static void query_##name(const void *query, int dim, void *row) {                              \
         const T *q = query;                                                                        \
@@ -127,13 +127,13 @@ static int64_t score_floats(int64_t head_rows, int64_t heads) {
     return (heads * head_rows + 4) * RF_FEW_LD; /* rows are handled by four */
 }
 
-
 static int64_t scratch_floats(const rf_attention_params *p, int64_t rows, int64_t heads) {
     const int64_t head_rows = rf_head_rows(rows), all = heads * head_rows;
     const int64_t q_dim = rf_pad_dim(p->head_dim), v_dim = rf_pad_dim(p->v_head_dim);
     const int64_t row = q_dim > v_dim ? q_dim : v_dim;
     return all * q_dim + 2 * rf_state_floats(all, p->v_head_dim) + score_floats(head_rows, heads) +
-           3 * rf_pad_rows(all) + 3 * RF_TILE_TOKENS + (rows < RF_MANY_ROWS ? row : RF_MANY_TILE * row);
+           3 * rf_pad_rows(all) + 3 * RF_TILE_TOKENS +
+           (rows < RF_MANY_ROWS ? row : RF_MANY_TILE * row);
 }
 
 /* The queries of a head, as rows, or with many rows as columns: q[unit * head_rows + row], a unit
@@ -257,8 +257,7 @@ static void change_logits(rf_work *w, const rf_tile *t, int h, float *s) {
         const int64_t own = w->seq.kv_len - w->seq.q_len + w->task->q0 - t->pos[0];
         for (int i = 0; i < t->n; i++) w->key[i] = (float)(t->pos[i] - t->pos[0]);
         for (int i = t->n; i < t->n + RF_SLACK; i++) w->key[i] = 0.0f;
-        for (int64_t r = 0; r < shape->rows; r++)
-            w->position[r] = (float)(own + r / shape->group);
+        for (int64_t r = 0; r < shape->rows; r++) w->position[r] = (float)(own + r / shape->group);
     }
     if (shape->many) logits_many(s, shape->head_rows, t->n, &l);
     else logits_few(s, t->n, shape->rows, &l);
@@ -284,7 +283,8 @@ static rf_source source_of(const char *base, const rf_paged *pool, const int64_t
 RF_INLINE rf_ahead ahead_of(const rf_source *now, const rf_source *next, int size, int h,
                             int heads) {
     const int later = h + now->skip;
-    if (later < heads) return (rf_ahead){at_head(now->base, now->pool, size, later), now->off, now->n};
+    if (later < heads)
+        return (rf_ahead){at_head(now->base, now->pool, size, later), now->off, now->n};
     if (!next->off) return (rf_ahead){NULL, NULL, 0};
     return (rf_ahead){at_head(next->base, next->pool, size, later - heads), next->off, now->n};
 }
@@ -301,8 +301,8 @@ static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state
     const int features = p->softcap != 0.0f || p->alibi_slopes || scales_by_token(p, &p->k_scale);
 
     for (int h = 0; h < heads; h++) {
-        rf_phase x = {at_head(w->k, &p->k, size, h), t->k,
-                      ahead_of(&keys, &values, size, h, heads), n, p->head_dim};
+        rf_phase x = {at_head(w->k, &p->k, size, h), t->k, ahead_of(&keys, &values, size, h, heads),
+                      n, p->head_dim};
         x.ahead.n = n - n / 4; /* the softmax takes time, too, in which memory must not rest */
         const int64_t head = w->task->head + h, r = h * s->head_rows;
         const char *q = w->q + r * s->q_dim * 4;
@@ -338,8 +338,8 @@ static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state
     }
 }
 
-static void attend(const rf_attention_params *p, const rf_task *task, float *scratch,
-                   float *states, int32_t first_part) {
+static void attend(const rf_attention_params *p, const rf_task *task, float *scratch, float *states,
+                   int32_t first_part) {
     rf_work w = {.p = p, .f = products_of(p), .task = task, .seq = rf_seq_of(p, task->seq)};
     w.shape = shape_of(p, w.f, task->num_q, task->num_heads);
     const rf_shape *s = &w.shape;
@@ -381,12 +381,13 @@ static void attend(const rf_attention_params *p, const rf_task *task, float *scr
     int now = 0;
     if (!states) clear_state(state_at(whole, s->all, s->v_dim), s->all, s->v_dim);
     if (pos < last) {
-        const int64_t end = (pos / RF_PART + 1) * RF_PART < last ? (pos / RF_PART + 1) * RF_PART : last;
+        const int64_t end =
+            (pos / RF_PART + 1) * RF_PART < last ? (pos / RF_PART + 1) * RF_PART : last;
         make_tile(p, &w.seq, pos, pos + length < end ? pos + length : end, length, &tiles[0]);
     }
     for (int64_t part = task->part0; part < task->part1; part++) {
         const int in_place = !states && part * RF_PART <= first;
-        rf_state st = state_at(states ? states + (part - first_part) * state
+        rf_state st = state_at(states     ? states + (part - first_part) * state
                                : in_place ? whole
                                           : later,
                                s->all, s->v_dim);
@@ -398,9 +399,11 @@ static void attend(const rf_attention_params *p, const rf_task *task, float *scr
             rf_tile *next = NULL;
             pos = pos + length < end ? pos + length : end;
             if (pos < last) { /* what is read next can be prefetched when it is known */
-                const int64_t limit = (pos / RF_PART + 1) * RF_PART < last ? (pos / RF_PART + 1) * RF_PART : last;
+                const int64_t limit =
+                    (pos / RF_PART + 1) * RF_PART < last ? (pos / RF_PART + 1) * RF_PART : last;
                 next = &tiles[now ^= 1];
-                make_tile(p, &w.seq, pos, pos + length < limit ? pos + length : limit, length, next);
+                make_tile(p, &w.seq, pos, pos + length < limit ? pos + length : limit, length,
+                          next);
             }
             if (t->n == 0) continue;
             add_tile(&w, t, next, st, fresh);
@@ -411,8 +414,7 @@ static void attend(const rf_attention_params *p, const rf_task *task, float *scr
             fold_state(state_at(whole, s->all, s->v_dim), st, s->heads, s->head_rows, s->rows,
                        s->v_dim, s->used);
     }
-    if (!states)
-        store_rows(p, w.f, s, token, task->head, state_at(whole, s->all, s->v_dim));
+    if (!states) store_rows(p, w.f, s, token, task->head, state_at(whole, s->all, s->v_dim));
 }
 
 static void merge(const rf_attention_params *p, const rf_merge *m, float *states) {

@@ -35,6 +35,7 @@ void rf_cpu_destroy(rf_cpu *cpu) {
     if (!cpu) return;
     rf_pool_destroy(&cpu->pool);
     rf_buffer_free(&cpu->scratch);
+    rf_buffer_free(&cpu->plan.memory);
     rf_free(cpu);
 }
 
@@ -43,6 +44,8 @@ int rf_cpu_set_threads(rf_cpu *cpu, int threads) {
     rf_pool_set_threads(&cpu->pool, threads);
     return RF_OK;
 }
+
+int64_t rf_cpu_busy_ns(const rf_cpu *cpu) { return rf_pool_busy_ns(&cpu->pool); }
 
 int rf_cpu_get_threads(const rf_cpu *cpu) { return rf_pool_threads(&cpu->pool); }
 

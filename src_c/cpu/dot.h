@@ -20,17 +20,17 @@ typedef struct rf_table {
     __m512i hi[2], lo[2];
 } rf_table;
 
-#define RF_8(f, i)   f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7)
-#define RF_32(f, i)  RF_8(f, i), RF_8(f, i + 8), RF_8(f, i + 16), RF_8(f, i + 24)
-#define RF_128(f)    RF_32(f, 0), RF_32(f, 32), RF_32(f, 64), RF_32(f, 96)
-#define RF_HI(x)     (uint8_t)((x) >> 8)
-#define RF_LO(x)     (uint8_t)((x)&255)
-/* A float8 code: three bits of mantissa; below the first power of two in steps of 2^-(6 + bias - 4).
- * `one` is the code of bfloat16's exponent that stands for exponent field 0. */
+#define RF_8(f, i)  f(i), f(i + 1), f(i + 2), f(i + 3), f(i + 4), f(i + 5), f(i + 6), f(i + 7)
+#define RF_32(f, i) RF_8(f, i), RF_8(f, i + 8), RF_8(f, i + 16), RF_8(f, i + 24)
+#define RF_128(f)   RF_32(f, 0), RF_32(f, 32), RF_32(f, 64), RF_32(f, 96)
+#define RF_HI(x)    (uint8_t)((x) >> 8)
+#define RF_LO(x)    (uint8_t)((x) & 255)
+/* A float8 code: three bits of mantissa; below the first power of two in steps of 2^-(6 + bias -
+ * 4). `one` is the code of bfloat16's exponent that stands for exponent field 0. */
 #define RF_FLOAT8(i, zero)                                                                         \
-    ((i) >= 8   ? ((((i) >> 3) + zero) << 7 | ((i)&7) << 4)                                        \
-     : (i) >= 4 ? ((zero) << 7 | ((i)&3) << 5)                                                     \
-     : (i) >= 2 ? ((zero - 1) << 7 | ((i)&1) << 6)                                                 \
+    ((i) >= 8   ? ((((i) >> 3) + zero) << 7 | ((i) & 7) << 4)                                      \
+     : (i) >= 4 ? ((zero) << 7 | ((i) & 3) << 5)                                                   \
+     : (i) >= 2 ? ((zero - 1) << 7 | ((i) & 1) << 6)                                               \
      : (i) == 1 ? (zero - 2) << 7                                                                  \
                 : 0)
 #define RF_E4M3FN_OF(i)   ((i) == 127 ? 0x7fc0 : RF_FLOAT8(i, 120))
@@ -109,8 +109,10 @@ RF_INLINE __m512i load_bytes(const uint8_t *p, int n) {
 RF_INLINE void natural_words(vf v[4]) {
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-    vf a = _mm512_permutex2var_ps(v[0], first, v[1]), b = _mm512_permutex2var_ps(v[0], second, v[1]);
-    vf c = _mm512_permutex2var_ps(v[2], first, v[3]), d = _mm512_permutex2var_ps(v[2], second, v[3]);
+    vf a = _mm512_permutex2var_ps(v[0], first, v[1]),
+       b = _mm512_permutex2var_ps(v[0], second, v[1]);
+    vf c = _mm512_permutex2var_ps(v[2], first, v[3]),
+       d = _mm512_permutex2var_ps(v[2], second, v[3]);
     v[0] = a, v[1] = b, v[2] = c, v[3] = d;
 }
 RF_INLINE void natural_bytes(vf v[4]) {
@@ -169,11 +171,13 @@ RF_INLINE void dot_many_rows(const uint32_t *q, int64_t ld, const rf_phase *x,
     for (int t = 0; t < x->n; t += tb) {
         const uint16_t *k[12];
         for (int i = 0; i < tb; i++) k[i] = (const uint16_t *)x->base + x->off[t + i];
-        dot_many_block(q, ld, k, t < x->ahead.n ? ahead : NULL, t, x->dim, tb, nv, factor, s + t * ld);
+        dot_many_block(q, ld, k, t < x->ahead.n ? ahead : NULL, t, x->dim, tb, nv, factor,
+                       s + t * ld);
     }
 }
 
-static void dot_scores_many(const void *query, int64_t ld, const rf_phase *x, float factor, float *s) {
+static void dot_scores_many(const void *query, int64_t ld, const rf_phase *x, float factor,
+                            float *s) {
     const uint32_t *q = query;
     const vf f = vf_set1(factor);
     const rf_ahead *ahead = x->ahead.base ? &x->ahead : NULL; /* for the first rows only */
@@ -188,7 +192,8 @@ static void dot_scores_many(const void *query, int64_t ld, const rf_phase *x, fl
     }
 }
 
-/* acc = acc * alpha + p v for rb rows and 64 elements; v: pairs of tokens, v[pair * ldv + element]. */
+/* acc = acc * alpha + p v for rb rows and 64 elements; v: pairs of tokens, v[pair * ldv + element].
+ */
 RF_INLINE void dot_values_block(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
                                 int64_t ld, const uint32_t *v, int64_t ldv, int pairs, int rb) {
     vf a[4][4];
@@ -232,32 +237,32 @@ static void dot_values_many(float *acc, int64_t lda, const float *alpha, const f
         }
 }
 
-#define T                uint16_t
-#define NAME(x)          x##_dot_bf16
-#define RF_WORDS         1
-#define RF_TABLE         0
-#define rf_bytes         bytes_bf16
+#define T        uint16_t
+#define NAME(x)  x##_dot_bf16
+#define RF_WORDS 1
+#define RF_TABLE 0
+#define rf_bytes bytes_bf16
 #include "dot.inc.h"
 
-#define T                uint8_t
-#define NAME(x)          x##_dot_e4m3fn
-#define RF_WORDS         0
-#define RF_TABLE         0
-#define rf_bytes         bytes_e4m3fn
+#define T        uint8_t
+#define NAME(x)  x##_dot_e4m3fn
+#define RF_WORDS 0
+#define RF_TABLE 0
+#define rf_bytes bytes_e4m3fn
 #include "dot.inc.h"
 
-#define T                uint8_t
-#define NAME(x)          x##_dot_e4m3fnuz
-#define RF_WORDS         0
-#define RF_TABLE         1
-#define rf_bytes         bytes_e4m3fnuz
+#define T        uint8_t
+#define NAME(x)  x##_dot_e4m3fnuz
+#define RF_WORDS 0
+#define RF_TABLE 1
+#define rf_bytes bytes_e4m3fnuz
 #include "dot.inc.h"
 
-#define T                uint8_t
-#define NAME(x)          x##_dot_i8
-#define RF_WORDS         0
-#define RF_TABLE         2
-#define rf_bytes         bytes_i8
+#define T        uint8_t
+#define NAME(x)  x##_dot_i8
+#define RF_WORDS 0
+#define RF_TABLE 2
+#define rf_bytes bytes_i8
 #include "dot.inc.h"
 
 #endif

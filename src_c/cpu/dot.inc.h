@@ -60,8 +60,8 @@ static void NAME(query)(const void *query, int dim, void *out) {
 /* Scores of rb rows with four tokens; u: which four of the tile. fixed: dim is known when
  * compiling, a multiple of 64. */
 RF_INLINE void NAME(qk_block)(const rf_table *table, const uint16_t *q, int64_t ldq,
-                              const T *const k[4], const rf_ahead *ahead, int u, int dim,
-                              int fixed, int rb, vf factor, float *s) {
+                              const T *const k[4], const rf_ahead *ahead, int u, int dim, int fixed,
+                              int rb, vf factor, float *s) {
     vf acc[4][4];
     for (int r = 0; r < rb; r++)
         for (int t = 0; t < 4; t++) acc[r][t] = vf_zero();
@@ -72,7 +72,8 @@ RF_INLINE void NAME(qk_block)(const rf_table *table, const uint16_t *q, int64_t 
         __m512i ka[4], kb[4];
 #pragma GCC unroll 4
         for (int t = 0; t < 4; t++) NAME(words)(table, k[t] + c, dim - c, &ka[t], &kb[t]);
-        if (ahead && fixed) prefetch_step(ahead, u * (dim / 64) + c / 64, step, (int)sizeof(T), bytes);
+        if (ahead && fixed)
+            prefetch_step(ahead, u * (dim / 64) + c / 64, step, (int)sizeof(T), bytes);
 #pragma GCC unroll 4
         for (int r = 0; r < rb; r++) {
             __m512i qa = _mm512_loadu_si512(q + r * ldq + c);
@@ -94,7 +95,8 @@ RF_INLINE void NAME(qk_tokens)(const uint16_t *q, int64_t ldq, const rf_phase *x
         const T *k[4];
         for (int i = 0; i < 4; i++) /* past the end: scores nobody reads */
             k[i] = (const T *)x->base + x->off[t + i];
-        NAME(qk_block)(&table, q, ldq, k, t < x->ahead.n ? ahead : NULL, t / 4, dim, fixed, rb, factor, s);
+        NAME(qk_block)(&table, q, ldq, k, t < x->ahead.n ? ahead : NULL, t / 4, dim, fixed, rb,
+                       factor, s);
     }
 }
 
@@ -124,8 +126,8 @@ static void NAME(qk_few)(const void *query, int64_t ldq, const rf_phase *x, int6
 
 /* acc = acc * alpha + p v for rb rows and the 64 elements from c on; p: pairs of tokens. */
 RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
-                              const rf_phase *x, const rf_ahead *ahead, int dim, int fixed,
-                              int c, int rb) {
+                              const rf_phase *x, const rf_ahead *ahead, int dim, int fixed, int c,
+                              int rb) {
     const rf_table table = table_of(RF_TABLE);
     const T *base = (const T *)x->base + c;
     vf a[4][4];
@@ -167,8 +169,7 @@ RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const 
         const float *factor = alpha ? alpha + r : NULL;
         float *to = acc + r * lda;
         const uint32_t *pr = p + r * RF_FEW_LD;
-        for (int c = 0; c < dim; c += 64)
-            switch (rows - r) {
+        for (int c = 0; c < dim; c += 64) switch (rows - r) {
             case 1: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 1); break;
             case 2: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 2); break;
             case 3: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 3); break;

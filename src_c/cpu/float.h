@@ -32,12 +32,13 @@ RF_INLINE void qk_many_block(const float *q, int64_t ld, const float *const *k,
 }
 
 /* Of tokens past the end, the scores are written and not read. */
-RF_INLINE void qk_many_rows(const float *q, int64_t ld, const rf_phase *x,
-                            const rf_ahead *ahead, int tb, int nv, vf factor, float *s) {
+RF_INLINE void qk_many_rows(const float *q, int64_t ld, const rf_phase *x, const rf_ahead *ahead,
+                            int tb, int nv, vf factor, float *s) {
     for (int t = 0; t < x->n; t += tb) {
         const float *k[RF_MANY_TB];
         for (int i = 0; i < tb; i++) k[i] = (const float *)x->base + x->off[t + i];
-        qk_many_block(q, ld, k, t < x->ahead.n ? ahead : NULL, t, x->dim, tb, nv, factor, s + t * ld);
+        qk_many_block(q, ld, k, t < x->ahead.n ? ahead : NULL, t, x->dim, tb, nv, factor,
+                      s + t * ld);
     }
 }
 

@@ -34,13 +34,15 @@ typedef struct rf_task {
     int32_t merge; /* index of the rf_merge it is a piece of, or -1 when it is all parts */
 } rf_task;
 
-/* Query tokens and heads whose parts were given to several tasks: the last one to finish folds them.
+/* Query tokens and heads whose parts were given to several tasks: the last one to finish folds
+ * them.
  */
 typedef struct rf_merge {
     int64_t states; /* floats from the start of the plan's states */
     int32_t seq, head, num_heads, q0, num_q;
     int32_t first_part, num_parts;
-    int32_t pending; /* tasks not finished: changed atomically */
+    int32_t pieces;  /* tasks that it was split into */
+    int32_t pending; /* those not finished: changed atomically */
 } rf_merge;
 
 /* A softmax state of r rows: r * padded v_head_dim sums of exp2(logit - max) * value in the

@@ -30,13 +30,16 @@ static int64_t now_ns(void) {
 
 static void drain(rf_pool *p, int worker) {
     uint64_t w = atomic_load_explicit(&p->unclaimed, memory_order_acquire);
-    int64_t mine = 0, tasks = 0;
+    int64_t mine = 0, tasks = 0, since = (uint32_t)w ? now_ns() : 0;
     while ((uint32_t)w) {
         if (!atomic_compare_exchange_weak_explicit(&p->unclaimed, &w, w - 1, memory_order_acq_rel,
                                                    memory_order_acquire))
             continue;
         tasks = p->tasks;
         p->fn(p->arg, tasks - (int64_t)(uint32_t)w, worker);
+        int64_t now = now_ns(); /* before the region can end */
+        atomic_fetch_add_explicit(&p->busy_ns, now - since, memory_order_relaxed);
+        since = now;
         mine = atomic_fetch_add(&p->finished, 1) + 1;
         if (mine == tasks && worker != 0 && atomic_load(&p->sleeping)) {
             pthread_mutex_lock(&p->lock);
@@ -109,6 +112,11 @@ void rf_pool_destroy(rf_pool *p) {
     pthread_cond_destroy(&p->wake);
     pthread_cond_destroy(&p->done);
 }
+
+int rf_pool_polling(const rf_pool *p) {
+    return atomic_load(&p->epoch) != 0 && atomic_load(&p->sleepers) == 0;
+}
+int64_t rf_pool_busy_ns(const rf_pool *p) { return atomic_load(&p->busy_ns); }
 
 int rf_pool_threads(const rf_pool *p) { return atomic_load(&p->threads); }
 void rf_pool_set_threads(rf_pool *p, int threads) { atomic_store(&p->threads, threads); }

@@ -33,6 +33,7 @@ typedef struct rf_pool {
     _Atomic int32_t quit;       /* workers end */
     _Atomic uint64_t unclaimed; /* epoch << 32 | tasks of that region not yet taken */
     _Atomic int64_t finished;   /* tasks of this region */
+    _Atomic int64_t busy_ns;    /* in tasks, of all threads and regions */
 
     /* The region: written before `unclaimed`, read only by who took one of its tasks, and a region
      * lives until all its tasks are finished. */
@@ -46,6 +47,10 @@ void rf_pool_destroy(rf_pool *p);
 
 int rf_pool_threads(const rf_pool *p);
 void rf_pool_set_threads(rf_pool *p, int threads); /* takes effect at the next region */
+
+/* 1 when the workers have not gone to sleep since the last region: they can be had for little. */
+int rf_pool_polling(const rf_pool *p);
+int64_t rf_pool_busy_ns(const rf_pool *p);
 
 /* 1: the caller owns the pool until rf_pool_leave. 0: somebody else does; work alone. */
 int rf_pool_enter(rf_pool *p);

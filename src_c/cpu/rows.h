@@ -11,8 +11,8 @@
 /* Elements of the largest vector, whole pairs of SIMD vectors. */
 #define RF_ROW_FLOATS 576
 
-#define RF_ROW(NAME, T)                                                                          \
-    static void row_from_##NAME(float *to, const void *from, int64_t n) {                             \
+#define RF_ROW(NAME, T)                                                                            \
+    static void row_from_##NAME(float *to, const void *from, int64_t n) {                          \
         const T *x = from;                                                                         \
         for (int64_t i = 0; i < n; i += 2 * RF_W) {                                                \
             vf a, b;                                                                               \
@@ -145,7 +145,9 @@ static void quantise_part(const rf_write_params *p, const rf_rows *from, const r
                           const rf_scales *scales, int64_t n, int64_t token, int64_t block,
                           int64_t offset) {
     const int64_t size = p->dtype == RF_F32 ? 4 : 2;
-    const float largest = p->kv_dtype == RF_I8 ? 127.0f : p->kv_dtype == RF_E4M3FN ? 448.0f : 240.0f;
+    const float largest = p->kv_dtype == RF_I8       ? 127.0f
+                          : p->kv_dtype == RF_E4M3FN ? 448.0f
+                                                     : 240.0f;
     _Alignas(64) float x[RF_ROW_FLOATS];
     for (int64_t h = 0; h < p->num_kv_heads; h++) {
         float scale = scales->value;

@@ -165,9 +165,8 @@ static inline void rf_st2_part_bf16n(uint16_t *p, int n, vf a, vf b) {
 
 /* A float8 in the place of a half has its exponent's offset wrong, by a factor. x: words. */
 static inline void rf_float8(__m256i x, __m256i nan, float factor, vf *a, vf *b) {
-    __m256i h = _mm256_or_si256(
-        _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7),
-        _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8));
+    __m256i h = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7),
+                                _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8));
     h = _mm256_or_si256(h, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
     *a = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), vf_set1(factor));
     *b = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), vf_set1(factor));

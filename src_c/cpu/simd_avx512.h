@@ -173,9 +173,8 @@ static inline void rf_st2_part_bf16n(uint16_t *p, int n, vf a, vf b) {
 
 /* A float8 in the place of a half has its exponent's offset wrong, by a factor. x: words. */
 static inline void rf_float8(__m512i x, __mmask32 nan, float factor, vf *a, vf *b) {
-    __m512i h =
-        _mm512_or_si512(_mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x7f)), 7),
-                        _mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x80)), 8));
+    __m512i h = _mm512_or_si512(_mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x7f)), 7),
+                                _mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x80)), 8));
     h = _mm512_mask_mov_epi16(h, nan, _mm512_set1_epi16(0x7e00));
     rf_split_f16(h, a, b);
     *a = vf_mul(*a, vf_set1(factor));

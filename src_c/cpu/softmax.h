@@ -43,8 +43,7 @@ typedef struct rf_logits {
 
 RF_INLINE vf logit_of(const rf_logits *l, vf x, vf scale, vf slope, vf distance) {
     if (l->scale) x = vf_mul(x, scale);
-    if (l->cap != 0.0f)
-        x = vf_mul(vf_tanh(vf_mul(x, vf_set1(1.0f / l->cap))), vf_set1(l->cap));
+    if (l->cap != 0.0f) x = vf_mul(vf_tanh(vf_mul(x, vf_set1(1.0f / l->cap))), vf_set1(l->cap));
     if (l->alibi) x = vf_fma(slope, distance, x);
     return x;
 }

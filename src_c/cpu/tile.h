@@ -14,9 +14,9 @@
 #define RF_SLACK       16
 #define RF_TILE_TOKENS (RF_MANY_TILE + RF_SLACK)
 
-/* Tokens of a context that have a block. The offsets are of head 0, in elements, and go on with that
- * of the last token to the end of the arrays' use: blocks of tokens read past the end, and what is
- * fetched ahead may be for a longer tile. */
+/* Tokens of a context that have a block. The offsets are of head 0, in elements, and go on with
+ * that of the last token to the end of the arrays' use: blocks of tokens read past the end, and
+ * what is fetched ahead may be for a longer tile. */
 typedef struct rf_tile {
     int32_t n;
     int32_t pos[RF_MANY_TILE]; /* in the context, ascending */
@@ -37,12 +37,13 @@ RF_INLINE void offsets(int64_t block, int64_t block_stride, int64_t offset, int6
     for (int64_t i = 0; i < n; i++, at += token_stride) out[i] = at;
 }
 
-/* Tokens start .. end - 1 of a context, at most `length`, which is that of the longest tile. Negative
- * entries of the table are passed over. */
+/* Tokens start .. end - 1 of a context, at most `length`, which is that of the longest tile.
+ * Negative entries of the table are passed over. */
 static void make_tile(const rf_attention_params *p, const rf_seq *s, int64_t start, int64_t end,
                       int64_t length, rf_tile *t) {
     const int64_t bs = p->block_size;
-    const int k_scales = scales_by_token(p, &p->k_scale), v_scales = scales_by_token(p, &p->v_scale);
+    const int k_scales = scales_by_token(p, &p->k_scale),
+              v_scales = scales_by_token(p, &p->v_scale);
     int32_t n = 0;
     for (int64_t pos = start; pos < end;) {
         const int64_t index = pos / bs, offset = pos - index * bs;
@@ -84,7 +85,8 @@ static void prefetch_scales(const rf_scales *s, const int64_t *off, int n, int32
             __builtin_prefetch(s->data + off[t] + (head + h) * s->head_stride, 0, 2);
 }
 
-/* What to fetch while a phase reads its own vectors: as many, at other places. base NULL: nothing. */
+/* What to fetch while a phase reads its own vectors: as many, at other places. base NULL: nothing.
+ */
 typedef struct rf_ahead {
     const char *base;
     const int64_t *off; /* of each token, in elements */
@@ -92,8 +94,8 @@ typedef struct rf_ahead {
 } rf_ahead;
 
 /* How far ahead, in bytes: on Zen 4 a bare read in the order of the phases (tokens of a tile, head
- * after head) has 12 GB/s with no prefetch, 21 from 2 KiB ahead, and 23 from 8 to 64 KiB. Prefetches
- * go into the second level: into the first one, 15 to 17 at any distance. */
+ * after head) has 12 GB/s with no prefetch, 21 from 2 KiB ahead, and 23 from 8 to 64 KiB.
+ * Prefetches go into the second level: into the first one, 15 to 17 at any distance. */
 #define RF_AHEAD_BYTES 16384
 
 /* The vectors of token t. */
@@ -108,11 +110,12 @@ RF_INLINE void prefetch_step(const rf_ahead *a, int i, int step, int size, int r
     if (step < 64 && from % 64) return;
 #pragma GCC unroll 16
     for (unsigned at = 0; at < (unsigned)step; at += 64)
-        __builtin_prefetch(a->base + a->off[(from + at) / bytes] * size + (from + at) % bytes, 0, 2);
+        __builtin_prefetch(a->base + a->off[(from + at) / bytes] * size + (from + at) % bytes, 0,
+                           2);
 }
 
-/* Where keys are read element by element for tb tokens at once, from token `first` on: a line of some
- * of the vectors at each element, so that all are fetched by the end and none in a burst. */
+/* Where keys are read element by element for tb tokens at once, from token `first` on: a line of
+ * some of the vectors at each element, so that all are fetched by the end and none in a burst. */
 RF_INLINE void prefetch_element(const rf_ahead *a, int first, int tb, int element, int size) {
     const int line = 64 / size, every = line / 4; /* elements of a line; between two fetches */
     if (element % every) return;

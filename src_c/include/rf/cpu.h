@@ -24,6 +24,9 @@ void rf_cpu_destroy(rf_cpu *cpu);
 
 int rf_cpu_set_threads(rf_cpu *cpu, int threads); /* RF_ERR_BAD_ARGUMENT when < 1 */
 int rf_cpu_get_threads(const rf_cpu *cpu);
+/* Time that threads spent in tasks, all of them added up, of calls that used more than one: what is
+ * missing to threads x elapsed time was idle. */
+int64_t rf_cpu_busy_ns(const rf_cpu *cpu);
 
 /* Processors this process may run on (its affinity mask), at least 1. */
 int rf_cpu_online(void);
@@ -39,22 +42,22 @@ int rf_cpu_set_isa(rf_cpu *cpu, const char *isa);
 /* What a check found, for the message. */
 enum rf_fault_code {
     RF_FAULT_NONE = 0,
-    RF_FAULT_SEQ_LEN,       /* seq_lens[index] = value is outside 0 .. limit */
-    RF_FAULT_ROW,           /* rows[index] = value is outside 0 .. limit - 1 */
-    RF_FAULT_CU_START,      /* cu_seqlens_q[0] = value is not 0 */
-    RF_FAULT_CU_ORDER,      /* cu_seqlens_q[index] = value is below its predecessor, limit */
-    RF_FAULT_CU_END,        /* cu_seqlens_q[index] = value is above num_tokens, limit */
-    RF_FAULT_QUERY_LONGER,  /* sequence index has value query tokens, only limit in the cache */
-    RF_FAULT_MAX_QUERY,     /* sequence index has value query tokens, above max_seqlen_q, limit */
-    RF_FAULT_MAX_SEQ,       /* seq_lens[index] = value is above max_seq_len, limit */
-    RF_FAULT_BLOCK,         /* block_table[index, index2] = value is not below num_blocks, limit */
-    RF_FAULT_MASK,          /* sequence index has value query tokens, above the mask's width, limit */
-    RF_FAULT_K_SCALE,       /* k_scale[index] is not positive and finite */
-    RF_FAULT_V_SCALE,       /* v_scale[index] likewise */
-    RF_FAULT_SLOT,          /* slot_mapping[index] = value is not below the capacity, limit */
-    RF_FAULT_COPY_RANGE,    /* copies[index, index2] = value is outside 0 .. limit - 1 */
-    RF_FAULT_COPY_REPEATED, /* copies[index, 1] = value is a destination or source elsewhere */
-    RF_FAULT_BLOCK_ID,      /* block_ids[index] = value is outside 0 .. limit - 1 */
+    RF_FAULT_SEQ_LEN,      /* seq_lens[index] = value is outside 0 .. limit */
+    RF_FAULT_ROW,          /* rows[index] = value is outside 0 .. limit - 1 */
+    RF_FAULT_CU_START,     /* cu_seqlens_q[0] = value is not 0 */
+    RF_FAULT_CU_ORDER,     /* cu_seqlens_q[index] = value is below its predecessor, limit */
+    RF_FAULT_CU_END,       /* cu_seqlens_q[index] = value is above num_tokens, limit */
+    RF_FAULT_QUERY_LONGER, /* sequence index has value query tokens, only limit in the cache */
+    RF_FAULT_MAX_QUERY,    /* sequence index has value query tokens, above max_seqlen_q, limit */
+    RF_FAULT_MAX_SEQ,      /* seq_lens[index] = value is above max_seq_len, limit */
+    RF_FAULT_BLOCK,        /* block_table[index, index2] = value is not below num_blocks, limit */
+    RF_FAULT_MASK,       /* sequence index has value query tokens, above the mask's width, limit */
+    RF_FAULT_K_SCALE,    /* k_scale[index] is not positive and finite */
+    RF_FAULT_V_SCALE,    /* v_scale[index] likewise */
+    RF_FAULT_SLOT,       /* slot_mapping[index] = value is not below the capacity, limit */
+    RF_FAULT_COPY_RANGE, /* copies[index, index2] = value is outside 0 .. limit - 1 */
+    RF_FAULT_COPY_REPEATED,     /* copies[index, 1] = value is a destination or source elsewhere */
+    RF_FAULT_BLOCK_ID,          /* block_ids[index] = value is outside 0 .. limit - 1 */
     RF_FAULT_BLOCK_ID_REPEATED, /* block_ids[index] = value, to be written, was there before */
 };
 typedef struct rf_fault {
@@ -89,8 +92,8 @@ int rf_cpu_write_kv(rf_cpu *cpu, const rf_write_params *p);
 /* Copies whole blocks: copies[i, 0] to copies[i, 1], in each of the pools. */
 int rf_cpu_copy_blocks(rf_cpu *cpu, const rf_copy_params *pools, int64_t num_pools,
                        const int32_t *copies, int64_t num_copies);
-/* Row i of data, row_stride bytes from one to the next, becomes block ids[i] of all pools: the bytes
- * of the first pool's block in the order of its dimensions, then those of the second. */
+/* Row i of data, row_stride bytes from one to the next, becomes block ids[i] of all pools: the
+ * bytes of the first pool's block in the order of its dimensions, then those of the second. */
 int rf_cpu_gather_blocks(rf_cpu *cpu, const rf_copy_params *pools, int64_t num_pools,
                          const int32_t *ids, int64_t num_ids, char *data, int64_t row_stride);
 /* The reverse: blocks become the rows of data. */
