@@ -1,61 +1,144 @@
-/* Moving bytes into and within the pool: no arithmetic, so one version serves all types. */
+/* Writing new vectors into the pool. An 8-bit cache's go through the kernels; others are moved.
+ *
+ * A large write does not fit the caches, and its vectors are next read when all of them are written:
+ * so its stores go past the caches, which saves reading the lines that are overwritten. Tried on a
+ * Zen 4 with two cores, 65,536 tokens of 8 heads of 128 bfloat16 (16 pages are written to in turn),
+ * against the fastest copy from end to end, 22 to 24 GB/s:
+ *   plain stores, token by token                  11 to 12 GB/s
+ *   past the caches, token by token               19 to 20
+ *   the same, with prefetches 1 to 4 KiB ahead    15 to 19
+ *   past the caches, block by block, head by head 12: a source of 256 bytes every 2 KiB
+ */
 #include <string.h>
 
 #include "cpu.h"
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 /* Bytes below which threads are not worth their waking. */
 #define SERIAL_BYTES ((int64_t)128 << 10)
+/* Bytes from which stores go past the caches: more than a core's second level holds. */
+#define STREAM_BYTES ((int64_t)2 << 20)
 /* Tokens of a task. */
 #define CHUNK 64
 
-static const int64_t type_size[RF_NUM_WIDE_DTYPES] = {4, 2, 2};
+static const int64_t type_size[RF_NUM_DTYPES] = {4, 2, 2, 1, 1, 1};
 
-/* Copies heads x width bytes; one copy where both sides are contiguous. */
-static void copy_vectors(char *to, int64_t to_stride, const char *from, int64_t from_stride,
-                         int64_t heads, int64_t width) {
-    if (to_stride == width && from_stride == width) {
-        memcpy(to, from, (size_t)(heads * width));
-        return;
+typedef char bytes16 __attribute__((vector_size(16), aligned(1), may_alias));
+
+/* 8 elements are 16 bytes or 32, so that width is a multiple of 16. */
+static inline void copy_vector(char *to, const char *from, int64_t width) {
+    int64_t i = 0;
+    for (; i + 64 <= width; i += 64) {
+        bytes16 a = *(const bytes16 *)(from + i), b = *(const bytes16 *)(from + i + 16);
+        bytes16 c = *(const bytes16 *)(from + i + 32), d = *(const bytes16 *)(from + i + 48);
+        *(bytes16 *)(to + i) = a, *(bytes16 *)(to + i + 16) = b;
+        *(bytes16 *)(to + i + 32) = c, *(bytes16 *)(to + i + 48) = d;
     }
-    for (int64_t h = 0; h < heads; h++)
-        memcpy(to + h * to_stride, from + h * from_stride, (size_t)width);
+    for (; i < width; i += 16) *(bytes16 *)(to + i) = *(const bytes16 *)(from + i);
 }
 
-static void write_tokens(const rf_write_params *p, int64_t begin, int64_t end) {
-    const int64_t size = type_size[p->dtype];
-    for (int64_t i = begin; i < end; i++) {
-        int64_t slot = p->slot_mapping[i];
-        if (slot < 0) continue;
-        int64_t block = slot / p->block_size, offset = slot - block * p->block_size;
-        copy_vectors(
-            (char *)p->k.data + (block * p->k.block_stride + offset * p->k.token_stride) * size,
-            p->k.head_stride * size, (const char *)p->key.data + i * p->key.token_stride * size,
-            p->key.head_stride * size, p->num_kv_heads, p->head_dim * size);
-        copy_vectors(
-            (char *)p->v.data + (block * p->v.block_stride + offset * p->v.token_stride) * size,
-            p->v.head_stride * size, (const char *)p->value.data + i * p->value.token_stride * size,
-            p->value.head_stride * size, p->num_kv_heads, p->v_head_dim * size);
-    }
+/* Whole lines of 64 bytes, which the caller aligned. */
+static inline void stream_vector(char *to, const char *from, int64_t width) {
+#if defined(__SSE2__)
+    for (int64_t i = 0; i < width; i += 16)
+        _mm_stream_si128((__m128i *)(void *)(to + i),
+                         _mm_loadu_si128((const __m128i *)(const void *)(from + i)));
+#else
+    copy_vector(to, from, width);
+#endif
 }
 
-static void write_task(void *arg, int64_t i, int worker) {
-    const rf_write_params *p = arg;
-    (void)worker;
+/* What is done once, not for each token: strides in bytes. */
+typedef struct side {
+    char *pool;
+    const char *rows;
+    int64_t block, head, token; /* of the pool */
+    int64_t row, row_head;
+    int64_t width;
+    int stream;
+} side;
+
+static side side_of(const rf_paged *to, const rf_rows *from, int64_t dim, int64_t size, int stream) {
+    side s = {to->data,
+              from->data,
+              to->block_stride * size,
+              to->head_stride * size,
+              to->token_stride * size,
+              from->token_stride * size,
+              from->head_stride * size,
+              dim * size,
+              stream};
+    int64_t all = (int64_t)(uintptr_t)s.pool | s.block | s.head | s.token | s.width;
+    if (all & 63) s.stream = 0;
+    return s;
+}
+
+static inline void write_vectors(const side *s, int64_t token, int64_t block, int64_t offset,
+                                 int64_t heads) {
+    char *to = s->pool + block * s->block + offset * s->token;
+    const char *from = s->rows + token * s->row;
+    if (s->stream)
+        for (int64_t h = 0; h < heads; h++, to += s->head, from += s->row_head)
+            stream_vector(to, from, s->width);
+    else
+        for (int64_t h = 0; h < heads; h++, to += s->head, from += s->row_head)
+            copy_vector(to, from, s->width);
+}
+
+typedef struct job {
+    const rf_write_params *p;
+    const rf_kernels *kernels;
+    side k, v;
+} job;
+
+/* All keys of the tokens, then all values: half as many pages in turn. */
+static void write_tokens(const job *j, int64_t begin, int64_t end) {
+    const rf_write_params *p = j->p;
+    for (const side *s = &j->k; s; s = s == &j->k && p->v.data ? &j->v : NULL) {
+        int64_t block = 0, first = 0; /* of the slots that the last division was for */
+        for (int64_t i = begin; i < end; i++) {
+            int64_t slot = p->slot_mapping[i];
+            if (slot < 0) continue;
+            if (slot < first || slot >= first + p->block_size) {
+                block = slot / p->block_size;
+                first = block * p->block_size;
+            }
+            write_vectors(s, i, block, slot - first, p->num_kv_heads);
+        }
+    }
+#if defined(__SSE2__)
+    if (j->k.stream | j->v.stream) _mm_sfence();
+#endif
+}
+
+static void run(const job *j, int64_t begin, int64_t end) {
+    if (j->p->kv_dtype >= RF_NUM_WIDE_DTYPES) j->kernels->quantise(j->p, begin, end);
+    else write_tokens(j, begin, end);
+}
+
+static void task(void *arg, int64_t i, int worker) {
+    const job *j = arg;
     int64_t end = (i + 1) * CHUNK;
-    write_tokens(p, i * CHUNK, end < p->num_tokens ? end : p->num_tokens);
+    (void)worker;
+    run(j, i * CHUNK, end < j->p->num_tokens ? end : j->p->num_tokens);
 }
 
 int rf_cpu_write_kv(rf_cpu *cpu, const rf_write_params *p) {
-    int64_t bytes =
-        p->num_tokens * p->num_kv_heads * (p->head_dim + p->v_head_dim) * type_size[p->dtype];
+    const int64_t size = type_size[p->dtype];
+    int64_t bytes = p->num_tokens * p->num_kv_heads * (p->head_dim + p->v_head_dim) * size;
+    job j = {p, cpu->kernels, {0}, {0}};
+    j.k = side_of(&p->k, &p->key, p->head_dim, size, bytes >= STREAM_BYTES);
+    j.v = side_of(&p->v, &p->value, p->v_head_dim, size, bytes >= STREAM_BYTES);
     if (bytes > SERIAL_BYTES && rf_pool_threads(&cpu->pool) > 1 && rf_pool_enter(&cpu->pool)) {
         int64_t tasks = (p->num_tokens + CHUNK - 1) / CHUNK;
         rf_pool_ready(&cpu->pool, tasks);
-        rf_write_params copy = *p;
-        rf_pool_run(&cpu->pool, write_task, &copy, tasks);
+        rf_pool_run(&cpu->pool, task, &j, tasks);
         rf_pool_leave(&cpu->pool);
         return RF_OK;
     }
-    write_tokens(p, 0, p->num_tokens);
+    run(&j, 0, p->num_tokens);
     return RF_OK;
 }
