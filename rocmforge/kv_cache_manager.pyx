@@ -777,7 +777,6 @@ cdef class KVCacheManager:
             plannings = self.plannings
             for g in range(len(self.groups)):
                 self.plan_group(batch, g, &needed, &copies, &delta)
-                group = self.groups[g]
                 part = batch.groups[g]
                 if copies:
                     shape[0] = copies
@@ -787,6 +786,7 @@ cdef class KVCacheManager:
                     shape[0] = delta
                     shape[1] = 3
                     part.table_delta = cnp.PyArray_SimpleNew(2, shape, cnp.NPY_INT32)
+            for group in self.groups:  # only when the batch fits everywhere
                 group.grow_table(0, columns)
             # Making objects may run the garbage collector and with it anybody's code. From here on
             # nothing does, and nothing can fail.
@@ -942,7 +942,7 @@ cdef class KVCacheManager:
             sequence = &self.sequences[item.row]
             end = item.start + item.num_tokens
             if tokens != NULL:
-                if sequence.root == ROOT_UNSET and self.prefixes.is_ready:
+                if sequence.root == ROOT_UNSET and self.prefix_caching:
                     sequence.root = sequence.chain = self.prefixes.unsalted
                     rf_prefix_index_use(&self.prefixes.index, sequence.chain)
                 known = sequence.num_known
