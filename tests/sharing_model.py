@@ -238,9 +238,7 @@ class SharingModel:
 
     def add(self, sequence_id, tokens, salt, priority):
         n = self.found(tokens or [], salt)
-        space = NO_SPACE_YET if tokens is None and salt is None or not self.prefix_caching else salt
-        if tokens == [] and salt is None:
-            space = NO_SPACE_YET
+        space = salt if self.prefix_caching and (tokens or salt is not None) else NO_SPACE_YET
         length = n * self.block_size
         blocks = [[None] * n for _ in self.groups]
         for i in range(n):

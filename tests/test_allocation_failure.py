@@ -132,7 +132,6 @@ CALLS = {
     ),
     "KVCacheManager.free": (0, forked, lambda m: m.free(1000)),
     "KVCacheManager.stats": (0, forked, KVCacheManager.stats),
-    "add_sequence, the first tokens": (400, manager, lambda m: m.add_sequence(2000, prompt(5))),
     "add_sequence, a hit": (180, sharing, lambda m: m.add_sequence(2000, prompt(60))),
     "add_sequence, a new salt": (46, sharing, lambda m: m.add_sequence(2000, prompt(9), "new")),
     "fork, tokens known": (90, sharing, lambda m: m.fork(1001, 2000)),
@@ -144,7 +143,6 @@ CALLS = {
             [1000, 1001], [40, 2], [*range(40), *prompt(len(SIZES))[m.seq_len(1001) :][:2]]
         ),
     ),
-    "append, the first tokens": (368, manager, lambda m: m.append([1000], 1, token_ids=[1])),
     "can_append": (46, sharing, lambda m: m.can_append([1000, 1001], 20)),
     "match_prefix": (46, sharing, lambda m: m.match_prefix(prompt(60))),
     "pin": (46, sharing, lambda m: m.pin(prompt(60))),
@@ -159,6 +157,17 @@ def test_every_allocation_of_a_call(name):
     at_least, make, call = CALLS[name]
     total = sum(count_failures(lambda size=size: make(size), call) for size in SIZES)
     assert total >= at_least
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.add_sequence(2000, prompt(5)),
+        lambda m: m.append([1000], 1, token_ids=[1]),
+    ],
+)
+def test_the_prefix_index_gets_its_memory_with_the_first_tokens(call):
+    assert count_failures(lambda: manager(2), call) >= 8
 
 
 def test_unpin():

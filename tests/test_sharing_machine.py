@@ -81,7 +81,7 @@ class SharingMachine(RuleBasedStateMachine):
         return known[choice % len(known)] if known and choice < 90 else choice % len(IDS)
 
     def expect(self, error, call):
-        """Run a call that must raise `error` and change nothing, or must succeed when it is None."""
+        """Run a call that must raise `error` and change nothing; None: it must succeed."""
         if error is None:
             return call()
         with raises_unchanged(self.manager, error):
