@@ -21,6 +21,7 @@ from rocmforge.prefix_cache cimport new_prefix_cache, salt_key
 import numpy as np
 
 from rocmforge.errors import OutOfBlocksError, UnknownSequenceError
+from rocmforge.layer_group import LayerGroup
 from rocmforge.stats import CacheStats
 
 cnp.import_array()
@@ -114,6 +115,13 @@ cdef class KVCacheManager:
         if groups is None:
             sizes = [(as_int(num_blocks, "num_blocks", 0, INT32_MAX), 0)]
         else:
+            if not isinstance(groups, (list, tuple)):
+                raise TypeError(
+                    f"groups: expected a list of LayerGroup, got {type(groups).__name__}")
+            for i, group in enumerate(groups):
+                if not isinstance(group, LayerGroup):
+                    raise TypeError(
+                        f"groups[{i}]: expected a LayerGroup, got {type(group).__name__}")
             sizes = [(as_int(group.num_blocks, f"groups[{i}].num_blocks", 0, INT32_MAX),
                       0 if group.window is None
                       else as_int(group.window, f"groups[{i}].window", 1, INT32_MAX))
