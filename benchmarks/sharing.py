@@ -13,13 +13,13 @@ What was learnt:
   46 to 34 ns.
 - No division in a decode step: whether a token needs a new block follows from the blocks that the
   sequence has (28 to 21 ns a sequence).
-- A decode step waits for the cache lines that it touches, so each is touched in as few passes as can
-  be: rows are found in the batch that is given back instead of by hashing ids, and the planning,
-  which has a sequence's last block at hand, notes the slots (19 to 15 ns a sequence).
-- Slot mapping by ids and positions reads 8 MB: once is enough where the runs found in the first pass
-  are noted for the second, and comparing 32 tokens without a branch is twice as fast as one by one
-  (0.75 to 0.35 ms). gcc 12.2 -O3 compiles a loop that ends on such a comparison in its condition to
-  one that never ends; a break is right.
+- A decode step waits for the cache lines that it touches, so each is touched in as few passes as
+  can be: rows are found in the batch that is given back instead of by hashing ids, and the
+  planning, which has a sequence's last block at hand, notes the slots (19 to 15 ns a sequence).
+- Slot mapping by ids and positions reads 8 MB: once is enough where the runs that the first pass
+  found are noted for the second, and comparing 32 tokens without a branch is twice as fast as one
+  by one (0.75 to 0.35 ms). gcc 12.2 -O3 makes a loop that never ends of one that has such a
+  comparison in its condition; a break is right.
 """
 
 import argparse
