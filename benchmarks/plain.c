@@ -20,6 +20,18 @@ void plain_slots(const int32_t *table, int64_t width, int64_t n, int64_t first, 
     }
 }
 
+/* One token more for n sequences: a block of a stack where one is needed, the slot, the length. */
+int64_t plain_decode(int32_t *table, int64_t width, int64_t n, int32_t *lengths, int64_t block_size,
+                     int32_t *stack, int64_t height, int64_t *slots, int64_t *positions) {
+    for (int64_t s = 0; s < n; s++) {
+        const int64_t position = lengths[s]++, index = position / block_size;
+        if (position % block_size == 0) table[s * width + index] = stack[--height];
+        positions[s] = position;
+        slots[s] = table[s * width + index] * block_size + position % block_size;
+    }
+    return height;
+}
+
 /* Rows of n sequences of `blocks` blocks, one after the other. */
 void plain_rows(const int32_t *table, int64_t width, int64_t n, int64_t blocks, int32_t *out) {
     for (int64_t s = 0; s < n; s++) {

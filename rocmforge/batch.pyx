@@ -7,7 +7,7 @@ cimport numpy as cnp
 from cpython.list cimport PyList_CheckExact, PyList_GET_ITEM, PyList_GET_SIZE
 from cpython.long cimport PyLong_AsUnsignedLongLong, PyLong_CheckExact
 from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from rocmforge._core cimport as_int, as_int_array, rf_realloc, rf_free
 from rocmforge.cache_group cimport CacheGroup
@@ -227,6 +227,7 @@ cdef class Batch:
             items = <Item *> rf_realloc(self.items, num_sequences * sizeof(Item))
             if items == NULL:
                 raise MemoryError(f"no memory for a batch of {num_sequences} sequences")
+            memset(items, 0, num_sequences * sizeof(Item))
             self.items = items
             self.sequence_ids = sized(None, num_sequences, cnp.NPY_UINT64)
             self.rows = sized(None, num_sequences, cnp.NPY_INT32)

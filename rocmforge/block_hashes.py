@@ -35,7 +35,7 @@ def block_hashes(
     seed : str
         The value of ``PYTHONHASHSEED`` that the engines run with.
     salt : str, optional
-        vLLM's ``cache_salt``: part of the first block's hash.
+        vLLM's ``cache_salt``: part of the first block's hash; an empty one is none.
     parent : bytes, optional
         The hash of the block before, to go on behind it; `seed` and `salt` then have no part.
 
@@ -56,8 +56,8 @@ def block_hashes(
     Notes
     -----
     The digest is SHA-256 over the canonical CBOR of ``(parent digest, tokens, extra keys)``, where
-    the first block's parent is the digest of the seed, as in ``vllm/v1/core/kv_cache_utils.py``;
-    compared with vLLM 0.32.
+    the first block's parent is the digest of the seed and a salt stands among the extra keys as
+    ``("cache_salt", salt)``, as in ``vllm/v1/core/kv_cache_utils.py``; compared with vLLM 0.32.
 
     Examples
     --------
@@ -79,7 +79,7 @@ def block_hashes(
         raise TypeError(
             f"token_ids: expected one dimension of integers, got {tokens.dtype} {tokens.shape}"
         )
-    extra = (salt,) if salt is not None and parent is None else None
+    extra = (("cache_salt", salt),) if salt and parent is None else None
     previous = digest(seed) if parent is None else parent
     hashes = []
     for begin in range(0, tokens.size - block_size + 1, block_size):

@@ -44,8 +44,8 @@ cdef class KVCacheManager:
     cdef void publish(self, int32_t row) noexcept
     cdef void release_window(self, int32_t row) noexcept
     cdef int64_t plan(self, Batch batch, const int32_t *tokens) except -1
-    cdef int plan_group(self, Batch batch, int32_t g, int64_t *needed, int64_t *copies,
-                        int64_t *delta) except -1
+    cdef int plan_group(self, Batch batch, int32_t g, int64_t *slots, int64_t *needed,
+                        int64_t *copies, int64_t *delta) except -1
     cdef void apply(self, Batch batch, const int32_t *tokens) noexcept
     cdef void apply_group(self, Batch batch, int32_t g) noexcept
     cdef int32_t first_gap(self, Batch batch) noexcept

@@ -10,9 +10,9 @@ from rocmforge._core cimport (
     RF_BLOCK_CACHED, RF_KEEP_CACHED, RF_NO_BLOCK, RF_NO_NODE, RF_NO_ROW,
     RF_NUM_PRIORITIES, RF_OK, as_int, as_int_array, as_sequence_id, as_tokens, plain_int, rf_alloc,
     rf_block, rf_block_pool, rf_block_pool_drop, rf_block_pool_hold, rf_block_pool_num_available,
-    rf_block_pool_pin, rf_block_pool_unpin, rf_free, rf_id_map_find, rf_prefix_index_attach,
-    rf_prefix_index_block, rf_prefix_index_node, rf_prefix_index_step, rf_prefix_index_unuse,
-    rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
+    rf_block_pool_pin, rf_block_pool_unpin, rf_free, rf_id_map, rf_id_map_find,
+    rf_prefix_index_attach, rf_prefix_index_block, rf_prefix_index_node, rf_prefix_index_step,
+    rf_prefix_index_unuse, rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
 from rocmforge.batch cimport Batch, BatchGroup, Item, new_batch
 from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup, new_group
 from rocmforge.page_table cimport BlockList
@@ -21,12 +21,14 @@ from rocmforge.prefix_cache cimport new_prefix_cache, salt_key
 import numpy as np
 
 from rocmforge.errors import OutOfBlocksError, UnknownSequenceError
+from rocmforge.layer_group import LayerGroup
 from rocmforge.stats import CacheStats
 
 cnp.import_array()
 
 cdef enum:
     ROOT_UNSET = -2  # no token was given yet, so that the sequence needs no space
+    SLOTS_UNSET = -1
 
 
 cdef class KVCacheManager:
@@ -113,6 +115,13 @@ cdef class KVCacheManager:
         if groups is None:
             sizes = [(as_int(num_blocks, "num_blocks", 0, INT32_MAX), 0)]
         else:
+            if not isinstance(groups, (list, tuple)):
+                raise TypeError(
+                    f"groups: expected a list of LayerGroup, got {type(groups).__name__}")
+            for i, group in enumerate(groups):
+                if not isinstance(group, LayerGroup):
+                    raise TypeError(
+                        f"groups[{i}]: expected a LayerGroup, got {type(group).__name__}")
             sizes = [(as_int(group.num_blocks, f"groups[{i}].num_blocks", 0, INT32_MAX),
                       0 if group.window is None
                       else as_int(group.window, f"groups[{i}].window", 1, INT32_MAX))
@@ -776,9 +785,9 @@ cdef class KVCacheManager:
             columns = self.plan(batch, data)
             plannings = self.plannings
             for g in range(len(self.groups)):
-                self.plan_group(batch, g, &needed, &copies, &delta)
-                group = self.groups[g]
                 part = batch.groups[g]
+                self.plan_group(batch, g, <int64_t *> cnp.PyArray_DATA(part.slot_mapping), &needed,
+                                &copies, &delta)
                 if copies:
                     shape[0] = copies
                     shape[1] = 2
@@ -787,6 +796,7 @@ cdef class KVCacheManager:
                     shape[0] = delta
                     shape[1] = 3
                     part.table_delta = cnp.PyArray_SimpleNew(2, shape, cnp.NPY_INT32)
+            for group in self.groups:  # only when the batch fits everywhere
                 group.grow_table(0, columns)
             # Making objects may run the garbage collector and with it anybody's code. From here on
             # nothing does, and nothing can fail.
@@ -811,7 +821,7 @@ cdef class KVCacheManager:
         self.plan(batch, NULL)
         try:
             for g in range(len(self.groups)):
-                self.plan_group(batch, g, &needed, &copies, &delta)
+                self.plan_group(batch, g, NULL, &needed, &copies, &delta)
         except OutOfBlocksError:
             return False
         return True
@@ -841,13 +851,17 @@ cdef class KVCacheManager:
         cdef const uint64_t *ids = <const uint64_t *> cnp.PyArray_DATA(batch.sequence_ids)
         cdef int64_t limit = INT32_MAX if self.max_seq_len is None else self.max_seq_len
         cdef int64_t length, longest = 0
+        cdef const rf_id_map *map = &self.first.page_table.map
         cdef int32_t i, row
         cdef Item *item
         cdef Sequence *sequence
         self.plannings += 1
         for i in range(batch.num_sequences):
             item = &batch.items[i]
-            row = rf_id_map_find(&self.first.page_table.map, ids[i])
+            row = item.row  # of the step before, in a batch that was given back
+            if (row >= map.num_rows or map.ids[row] != ids[i]
+                    or self.sequences[row].version == 0):  # a free row
+                row = rf_id_map_find(map, ids[i])
             if row == RF_NO_ROW:
                 raise UnknownSequenceError(
                     f"sequence_ids[{i}]: sequence {ids[i]} is not in the cache")
@@ -868,16 +882,18 @@ cdef class KVCacheManager:
                 tokens += item.num_tokens
         return (longest + self.block_size - 1) // self.block_size
 
-    cdef int plan_group(self, Batch batch, int32_t g, int64_t *needed, int64_t *copies,
-                        int64_t *delta) except -1:
+    cdef int plan_group(self, Batch batch, int32_t g, int64_t *slots, int64_t *needed,
+                        int64_t *copies, int64_t *delta) except -1:
         """Count the blocks, copies and table entries that the batch takes of a group.
 
-        Makes room in the page table, changes no state, and raises where blocks are too few.
+        Notes the slots of sequences that just go on in a block of their own, and for the others
+        that they are `SLOTS_UNSET`; not where slots is NULL. Makes room in the page table, changes
+        no state, and raises where blocks are too few.
         """
         cdef CacheGroup group = self.groups[g]
         cdef rf_block_pool *pool = &group.allocator.pool
         cdef int64_t reserve = 0, available, block_size = self.block_size, first, shown
-        cdef int64_t end, reserved
+        cdef int64_t end, reserved, k
         cdef int32_t i, last, new_blocks
         cdef bint copied, failed = False
         cdef Item *item
@@ -893,14 +909,23 @@ cdef class KVCacheManager:
             if end > reserved:
                 new_blocks = <int32_t> ((end - reserved + block_size - 1) // block_size)
             copied = False
+            if slots != NULL:
+                slots[0] = SLOTS_UNSET
             if item.start < reserved:
                 last = blocks.ids[blocks.num - 1]
-                if pool.blocks[last].ref_count > 1:
+                if pool.blocks[last].ref_count == 1:
+                    if (slots != NULL and end <= reserved
+                            and not pool.blocks[last].flags & RF_BLOCK_CACHED):
+                        for k in range(item.num_tokens):
+                            slots[k] = (last + 1) * block_size + (item.start - reserved) + k
+                else:
                     # Its own copy leaves one holder less for the sequences that follow in this
                     # batch: the last of them may write in place. Taken back below.
                     pool.blocks[last].ref_count -= 1
                     copied = True
                     copies[0] += 1
+            if slots != NULL:
+                slots += item.num_tokens
             item.copied = copied
             if copied or new_blocks:
                 first = blocks.num - copied
@@ -942,7 +967,7 @@ cdef class KVCacheManager:
             sequence = &self.sequences[item.row]
             end = item.start + item.num_tokens
             if tokens != NULL:
-                if sequence.root == ROOT_UNSET and self.prefixes.is_ready:
+                if sequence.root == ROOT_UNSET and self.prefix_caching:
                     sequence.root = sequence.chain = self.prefixes.unsalted
                     rf_prefix_index_use(&self.prefixes.index, sequence.chain)
                 known = sequence.num_known
@@ -981,6 +1006,9 @@ cdef class KVCacheManager:
         cdef BlockList *blocks
         for i in range(batch.num_sequences):
             item = &batch.items[i]
+            if slots[0] != SLOTS_UNSET:  # most sequences of a decode step
+                slots += item.num_tokens
+                continue
             blocks = &group.page_table.lists[item.row]
             position = item.start
             end = position + item.num_tokens

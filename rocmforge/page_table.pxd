@@ -1,5 +1,5 @@
 cimport numpy as cnp
-from libc.stdint cimport int32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint64_t
 
 from rocmforge._core cimport rf_id_map
 
@@ -28,5 +28,7 @@ cdef class PageTable:
     cdef int check_writable(self) except -1
     cdef cnp.ndarray copy_ids(self, int32_t row)
     cdef int32_t append(self, uint64_t sequence_id, const int32_t *ids, int32_t n) except -2
+    cdef int64_t *write_slots(self, int32_t row, int64_t position, int64_t count,
+                              int64_t *slots) noexcept
     cdef cnp.ndarray slot_ranges(self, cnp.ndarray ids, cnp.ndarray starts, object num_tokens,
                                  object out)

@@ -19,6 +19,16 @@ from rocmforge.errors import UnknownSequenceError
 cnp.import_array()
 
 
+cdef enum:
+    NUM_RUNS = 256
+
+
+cdef struct Run:  # of consecutive positions
+    int64_t position
+    int64_t count
+    int32_t row
+
+
 def _fail_allocation(n: int) -> int:
     """Make the n-th allocation of metadata memory from now fail, once; 0 turns it off. For tests.
 
@@ -379,11 +389,15 @@ cdef class PageTable:
         cdef const int64_t *position = <const int64_t *> cnp.PyArray_DATA(where)
         cdef int64_t *slot = <int64_t *> cnp.PyArray_DATA(result)
         cdef bint is_signed = cnp.PyArray_TYPE(ids) == cnp.NPY_INT64
-        cdef int64_t begin, end, base, index
+        cdef Run[NUM_RUNS] runs
+        cdef Run *run
+        cdef int64_t end = 0, count, bad, written = 0
         cdef uint64_t last = 0
-        cdef int32_t row = RF_NO_ROW
-        # Two passes, so that a caller's buffer stays untouched when a position is wrong.
-        for i in range(n):
+        cdef int32_t row = RF_NO_ROW, num_runs = 0, r
+        # Two passes, so that a caller's buffer stays untouched when a position is wrong. What the
+        # first one finds is noted, as far as there is room, and need not be found again.
+        i = 0
+        while i < n:
             if row == RF_NO_ROW or id[i] != last:
                 last = id[i]
                 if is_signed and last > <uint64_t> INT64_MAX:
@@ -393,31 +407,54 @@ cdef class PageTable:
                     raise UnknownSequenceError(
                         f"sequence_ids[{i}]: sequence {ids[i]} is not in the page table")
                 end = <int64_t> self.lists[row].num * self.block_size
-            if position[i] >= end:
-                raise ValueError(f"positions[{i}]: sequence {ids[i]} has slots for {end} tokens, "
-                                 f"got position {position[i]}")
+            count = run_length(id + i, position + i, n - i)
+            if position[i + count - 1] >= end:
+                bad = i + max(<int64_t> 0, end - position[i])
+                raise ValueError(f"positions[{bad}]: sequence {ids[i]} has slots for {end} tokens, "
+                                 f"got position {position[bad]}")
+            i += count
+            if num_runs < NUM_RUNS:
+                run = &runs[num_runs]
+                run.row, run.position, run.count = row, position[i - count], count
+                num_runs += 1
+                written = i
+        for r in range(num_runs):
+            slot = self.write_slots(runs[r].row, runs[r].position, runs[r].count, slot)
         row = RF_NO_ROW
-        begin = end = base = 0
-        for i in range(n):
-            # [begin, end) are the positions of the current block: most tokens need no division
+        i = written
+        while i < n:
             if row == RF_NO_ROW or id[i] != last:
                 last = id[i]
                 row = rf_id_map_find(&self.map, last)
-                begin = end = 0
-            if position[i] < begin or position[i] >= end:
-                if position[i] < 0:
-                    slot[i] = -1
-                    continue
-                index = position[i] // self.block_size
-                begin = index * self.block_size
-                if self.lists[row].ids[index] < 0:  # released: reads and writes skip it
-                    slot[i] = -1
-                    end = begin
-                    continue
-                end = begin + self.block_size
-                base = <int64_t> self.lists[row].ids[index] * self.block_size - begin
-            slot[i] = base + position[i]
+            count = run_length(id + i, position + i, n - i)
+            slot = self.write_slots(row, position[i], count, slot)
+            i += count
         return result
+
+    cdef int64_t *write_slots(self, int32_t row, int64_t position, int64_t count,
+                              int64_t *slots) noexcept:
+        """Write the slots of positions that a sequence has, or -1 where one is negative; returns
+        where the next slot goes."""
+        cdef int64_t end = position + count, block_size = self.block_size, index, base, k, step
+        cdef const int32_t *ids = self.lists[row].ids
+        while position < 0 and position < end:
+            slots[0] = -1
+            slots += 1
+            position += 1
+        index = position // block_size
+        while position < end:  # a block at a time: consecutive positions are consecutive slots
+            step = min(end, (index + 1) * block_size) - position
+            if ids[index] < 0:  # released: reads and writes skip it
+                for k in range(step):
+                    slots[k] = -1
+            else:
+                base = (ids[index] - index) * block_size + position
+                for k in range(step):
+                    slots[k] = base + k
+            slots += step
+            position += step
+            index += 1
+        return slots
 
     cdef cnp.ndarray slot_ranges(self, cnp.ndarray ids, cnp.ndarray starts, object num_tokens,
                                  object out):
@@ -445,7 +482,7 @@ cdef class PageTable:
             if overlap(result, ids) or overlap(result, starts) or overlap(result, counts):
                 raise ValueError("out: it overlaps an array that is read")
         cdef int64_t *slot = <int64_t *> cnp.PyArray_DATA(result)
-        cdef int64_t position, end, base, index, k, step
+        cdef int64_t end
         cdef int32_t row
         for i in range(n):
             row = rf_id_map_find(&self.map, id[i])
@@ -458,22 +495,7 @@ cdef class PageTable:
                                  f"got {count[i]} from position {start[i]}")
         for i in range(n):
             row = rf_id_map_find(&self.map, id[i])
-            position = start[i]
-            end = position + count[i]
-            index = position // self.block_size
-            while position < end:
-                step = min(end, (index + 1) * self.block_size) - position
-                base = self.lists[row].ids[index]
-                if base < 0:  # released: reads and writes skip it
-                    for k in range(step):
-                        slot[k] = -1
-                else:
-                    base = (base - index) * self.block_size + position
-                    for k in range(step):
-                        slot[k] = base + k
-                slot += step
-                position += step
-                index += 1
+            slot = self.write_slots(row, start[i], count[i], slot)
         return result
 
     def block_table(self, sequence_ids, pad=-1, out=None):
@@ -615,6 +637,26 @@ cdef class PageTable:
                 raise AssertionError(f"row {row} has blocks and no sequence")
             if self.lists[row].num > self.lists[row].capacity or self.lists[row].num < 0:
                 raise AssertionError(f"row {row} holds more blocks than it has room for")
+
+
+cdef inline int64_t run_length(const uint64_t *ids, const int64_t *positions, int64_t n) noexcept:
+    """How many of n tokens, at least one, are consecutive positions of the first one's sequence."""
+    cdef uint64_t id = ids[0], first = <uint64_t> positions[0]  # unsigned, as a sum may overflow
+    cdef uint64_t differ
+    cdef int64_t length = 1, k
+    while length + 32 <= n:  # without a branch for each token
+        if ids[length] != id or <uint64_t> positions[length] != first + <uint64_t> length:
+            return length
+        differ = 0
+        for k in range(length, length + 32):
+            differ |= (ids[k] ^ id) | (<uint64_t> positions[k] ^ (first + <uint64_t> k))
+        if differ:  # no condition of the loop: gcc 12.2 then never left it
+            break
+        length += 32
+    while length < n and ids[length] == id and (
+            <uint64_t> positions[length] == first + <uint64_t> length):
+        length += 1
+    return length
 
 
 cdef bint overlap(cnp.ndarray a, cnp.ndarray b):

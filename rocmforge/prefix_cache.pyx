@@ -103,7 +103,7 @@ cdef class PrefixCache:
         if n > self.nodes_capacity:
             nodes = <int32_t *> rf_realloc(self.nodes, n * sizeof(int32_t))
             if nodes == NULL:
-                raise MemoryError(f"no memory to match {n} blocks")
+                raise MemoryError(f"no memory for a match of {n} blocks")
             self.nodes = nodes
             self.nodes_capacity = n
         return 0

@@ -9,7 +9,7 @@ import copy
 import pytest
 
 from metadata_state import state_of
-from rocmforge import BlockAllocator, KVCacheManager, PageTable
+from rocmforge import BlockAllocator, KVCacheManager, LayerGroup, PageTable
 from rocmforge.page_table import _fail_allocation
 
 # Sizes before the call, so that every kind of growth comes up: rows, hash slots, lists of blocks.
@@ -86,6 +86,24 @@ def forked(size):
     return cache
 
 
+def prompt(size):
+    return list(range(4 * size + 2))
+
+
+def sharing(size):
+    """Two groups; the prompt of `size` is cached, 1000 computes it, and 1001 was promised it."""
+    cache = KVCacheManager(
+        block_size=4, groups=[LayerGroup(200), LayerGroup(200, window=9)], watermark=1
+    )
+    cache.add_sequence(0, prompt(size))
+    cache.commit(cache.append([0], len(prompt(size))))
+    cache.free(0)
+    cache.add_sequence(1000)
+    cache.append([1000], 3, token_ids=[7, 8, 9])
+    cache.add_sequence(1001, prompt(size), priority=3)
+    return cache
+
+
 # (how many allocations over all sizes at least, state, call)
 CALLS = {
     "PageTable.append_block, new": (46, page_table, lambda t: t.append_block(2000, 5)),
@@ -114,6 +132,23 @@ CALLS = {
     ),
     "KVCacheManager.free": (0, forked, lambda m: m.free(1000)),
     "KVCacheManager.stats": (0, forked, KVCacheManager.stats),
+    "add_sequence, a hit": (180, sharing, lambda m: m.add_sequence(2000, prompt(60))),
+    "add_sequence, a new salt": (46, sharing, lambda m: m.add_sequence(2000, prompt(9), "new")),
+    "fork, tokens known": (90, sharing, lambda m: m.fork(1001, 2000)),
+    "append, tokens known": (46, sharing, lambda m: m.append([1001], 2)),
+    "append, tokens": (
+        138,
+        sharing,
+        lambda m: m.append(
+            [1000, 1001], [40, 2], [*range(40), *prompt(len(SIZES))[m.seq_len(1001) :][:2]]
+        ),
+    ),
+    "can_append": (46, sharing, lambda m: m.can_append([1000, 1001], 20)),
+    "match_prefix": (46, sharing, lambda m: m.match_prefix(prompt(60))),
+    "pin": (46, sharing, lambda m: m.pin(prompt(60))),
+    "truncate": (0, sharing, lambda m: m.truncate(1000, 1)),
+    "reset_prefix_cache": (0, sharing, KVCacheManager.reset_prefix_cache),
+    "free, cached": (0, sharing, lambda m: m.free([1000, 1001])),
 }
 
 
@@ -124,12 +159,44 @@ def test_every_allocation_of_a_call(name):
     assert total >= at_least
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: m.add_sequence(2000, prompt(5)),
+        lambda m: m.append([1000], 1, token_ids=[1]),
+    ],
+)
+def test_the_prefix_index_gets_its_memory_with_the_first_tokens(call):
+    assert count_failures(lambda: manager(2), call) >= 8
+
+
+def test_unpin():
+    for size in SIZES[1:]:
+
+        def pinned(size=size):
+            cache = sharing(size)
+            assert cache.pin(prompt(size)) == 4 * size
+            return cache
+
+        assert count_failures(pinned, lambda cache: cache.unpin(prompt(60))) == 1
+
+
 def test_commit_allocates_nothing():
     cache = manager(3)
     cache.add_sequence(9)
     batch = cache.append([9], 5)
     assert not fails_at(1, lambda: cache.commit(batch))
     assert cache.committed_len(9) == 5
+
+
+def test_commit_that_publishes_and_releases_allocates_nothing():
+    for size in SIZES:
+        cache = sharing(size)
+        cache.add_sequence(2000, prompt(10), salt="b")
+        batch = cache.append([2000], len(prompt(10)))
+        assert not fails_at(1, lambda cache=cache, batch=batch: cache.commit(batch))
+        assert cache.match_prefix(prompt(10), salt="b") == 40
+        cache.check_integrity()
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,26 @@ from rocmforge.block_hashes import block_hashes
 pytest.importorskip("cbor2")
 
 
-def test_hashes_are_those_of_vllm() -> None:
-    assert [digest.hex()[:16] for digest in block_hashes(range(48), 16, salt="s")] == [
-        "1b5ea80e18d43d91",
-        "f4f580faee8eed4c",
-        "98d4ae6b75231060",
-    ]
+@pytest.mark.parametrize(
+    ("salt", "expected"),
+    [
+        (None, ["d830de3d42c00f25", "fedd9e4abebebbe6", "ee4c34c217da17ac"]),
+        ("s", ["d25ecb48760077f8", "54817328d536f07e", "beb73e941765bc03"]),
+    ],
+)
+def test_hashes_are_those_of_vllm(salt: str | None, expected: list[str]) -> None:
+    found = block_hashes(range(48), 16, salt=salt)
+    assert [digest.hex()[:16] for digest in found] == expected
 
 
 def test_only_full_blocks_and_any_integers() -> None:
     assert block_hashes([], 4) == block_hashes([1, 2, 3], 4) == []
     assert block_hashes(np.arange(9, dtype=np.int32), 4) == block_hashes(list(range(9)), 4)
     assert len(block_hashes(range(9), 4)[0]) == 32
+
+
+def test_an_empty_salt_is_none() -> None:
+    assert block_hashes(range(8), 4, salt="") == block_hashes(range(8), 4)
 
 
 def test_going_on_behind_a_parent() -> None:

@@ -445,11 +445,20 @@ def test_max_sequences():
 
 def test_max_seq_len():
     manager = manager_of({1: 8, 2: 0}, max_seq_len=10)
-    for ids, counts, total in (([1], 3, 11), ([2, 1], [10, 3], 11), ([2], 2**31 - 1, 2**31 - 1)):
+    for ids, counts, total in (([1], 3, 11), ([2, 1], [10, 3], 11), ([2], 10**5, 10**5)):
         message = f"would have {total} tokens, max_seq_len is 10"
         with raises_unchanged(manager, ValueError, message):
             manager.append(ids, counts)
     check_batch(manager, manager.append([1, 2], [2, 10]), [1, 2], [2, 10])
+
+
+@pytest.mark.uninstrumented  # asks for arrays of 16 GiB, which are never written
+@pytest.mark.parametrize(("limit", "total"), [(10, 2**31 - 1), (None, 2**31 + 7)])
+def test_more_tokens_than_an_int32(limit, total):
+    manager = manager_of({1: 8, 2: 0}, max_seq_len=limit)
+    message = f"would have {total} tokens, max_seq_len is {limit or 2**31 - 1}"
+    with raises_unchanged(manager, ValueError, message):
+        manager.append([2 if limit else 1], 2**31 - 1)
 
 
 # ---- statistics ----
@@ -744,7 +753,17 @@ def call_and_collect(call, delay):
         gc.set_threshold(*threshold)
 
 
+@pytest.fixture
+def few_objects_to_collect():
+    """What exists already is left out of collections, which are then a hundred times faster."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.untraced
+@pytest.mark.usefixtures("few_objects_to_collect")
 @pytest.mark.parametrize("num_requests", [1, 14])  # with 14 the table is full
 @pytest.mark.parametrize(
     "call",

@@ -298,6 +298,52 @@ def test_slot_mapping_of_long_runs():
     assert table.slot_mapping(ids, positions).tolist() == [*one, *range(49, 56), *one[::-1]]
 
 
+@pytest.mark.parametrize("first", [0, 3, -5, -(2**63)])
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 65, 97, 300])
+def test_slot_mapping_of_runs_of_any_length(length, first):
+    table = table_of({1: range(100, 0, -1), 2: range(200, 300)}, block_size=4)
+    one_by_one = {s: [b * 4 + k for b in table.block_ids(s) for k in range(4)] for s in (1, 2)}
+    ids = [*[1] * length, *[2] * length, *[1] * length]
+    positions = np.concatenate([np.arange(length, dtype=np.int64) + first] * 3)
+    expected = [
+        -1 if p < 0 else one_by_one[s][p] for s, p in zip(ids, positions.tolist(), strict=True)
+    ]
+    assert table.slot_mapping(ids, positions).tolist() == expected
+
+
+@pytest.mark.parametrize("odd", [1, 5, 31, 32, 33, 40, 63, 64, 65, 99])
+def test_slot_mapping_of_a_run_that_one_token_breaks(odd):
+    table = table_of({1: range(30), 2: range(30, 60)}, block_size=4)
+    ids, positions = np.full(100, 1), np.arange(100)
+    ids[odd] = 2
+    assert table.slot_mapping(ids, positions).tolist() == [
+        *range(odd),
+        120 + odd,
+        *range(odd + 1, 100),
+    ]
+    ids[odd], positions[odd] = 1, 7
+    assert table.slot_mapping(ids, positions).tolist() == [*range(odd), 7, *range(odd + 1, 100)]
+    positions[odd] = 120
+    out = np.full(100, 7)
+    with raises_unchanged(table, ValueError, f"positions[{odd}]: sequence 1 has slots for 120"):
+        table.slot_mapping(ids, positions, out)
+    assert (out == 7).all()
+
+
+def test_slot_mapping_of_more_runs_than_are_noted():
+    table = table_of({1: range(30), 2: range(30, 60)}, block_size=4)
+    ids = np.tile([1, 2], 700)
+    positions = np.arange(1400) % 120
+    assert table.slot_mapping(ids, positions).tolist() == (positions + 120 * (ids - 1)).tolist()
+
+
+def test_the_first_position_without_a_slot_is_named():
+    table = table_of({1: range(30)}, block_size=4)
+    for first, bad in ((100, 20), (-40, 160), (119, 1), (120, 0)):
+        with raises_unchanged(table, ValueError, f"positions[{bad}]: sequence 1 has slots for 120"):
+            table.slot_mapping([1] * 200, np.arange(first, first + 200))
+
+
 def test_slot_mapping_negative_positions_are_padding():
     table = table_of({1: [4, 9]}, block_size=4)
     assert table.slot_mapping([1] * 5, [-1, 5, -1, -(2**63), 0]).tolist() == [-1, 37, -1, -1, 16]

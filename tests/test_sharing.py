@@ -796,3 +796,45 @@ def test_only_windows(make: Make) -> None:
 def test_bad_arguments(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KVCacheManager(block_size=4, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        (3, "groups: expected a list of LayerGroup, got int"),
+        ([LayerGroup(1), 3], "groups\\[1\\]: "),
+    ],
+)
+def test_no_groups(groups: object, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        KVCacheManager(groups=groups)  # type: ignore[arg-type]
+
+
+def test_ranks_that_make_the_same_calls_hold_the_same_tables() -> None:
+    """Whatever the seeds of their hashes, and even where all hashes collide."""
+    ranks = [KVCacheManager(40, block_size=4, max_pinned_blocks=6) for _ in range(4)]
+    ranks[-1]._constant_hash()
+    rng = np.random.default_rng(0)
+    running: list[int] = []
+    for step in range(400):
+        prompt = rng.integers(0, 2, rng.integers(1, 40)).tolist()
+        if len(running) > 3:
+            done = running.pop(int(rng.integers(len(running))))
+            for rank in ranks:
+                rank.free(done)
+        found = {rank.add_sequence(step, prompt, priority=step % 3) for rank in ranks}
+        assert len(found) == 1
+        running.append(step)
+        if not ranks[0].can_append([step], len(prompt) - found.pop()):
+            for rank in ranks:
+                rank.free(running)
+            running = []
+            continue
+        tables = []
+        for rank in ranks:
+            batch = rank.append([step], len(prompt) - rank.seq_len(step))
+            rank.commit(batch)
+            tables.append((batch.slot_mapping.tolist(), batch.table_delta.tolist()))
+        assert all(table == tables[0] for table in tables)
+    assert ranks[0].stats().cached_blocks
+    assert all(rank.stats() == ranks[0].stats() for rank in ranks)
