@@ -98,6 +98,9 @@ RF_INLINE const rf_products *products_of(const rf_attention_params *p) {
     return &rf_8bit[p->dtype][p->kv_dtype - RF_NUM_WIDE_DTYPES];
 }
 
+/* Of what is fetched while scores are computed, one part in so many is left for the softmax. */
+#define RF_GAP 4
+
 static const int8_t rf_size[RF_NUM_DTYPES] = {4, 2, 2, 1, 1, 1};
 
 /* Rows of a head: how many there are, and how many it takes in scratch and states. */
@@ -233,7 +236,9 @@ typedef struct rf_work {
     const rf_task *task;
     const char *k, *v; /* of the task's first head */
     char *q;
+    int change; /* logits are not only masked */
     float *scores, *alpha, *slope, *position, *key, *k_scale, *v_scale, *wide;
+    rf_rows_ahead ahead;
 } rf_work;
 
 RF_INLINE float *scores_at(const rf_work *w, int h) {
@@ -263,30 +268,44 @@ static void change_logits(rf_work *w, const rf_tile *t, int h, float *s) {
     else logits_few(s, t->n, shape->rows, &l);
 }
 
-/* Keys or values of a tile, from the task's first head on. */
-typedef struct rf_source {
-    const char *base;
-    const rf_paged *pool;
-    const int64_t *off; /* NULL: there are none */
-    int n, skip;        /* tokens; heads ahead */
-} rf_source;
-
 RF_INLINE const char *at_head(const char *base, const rf_paged *pool, int size, int h) {
     return base + h * pool->head_stride * size;
 }
-static rf_source source_of(const char *base, const rf_paged *pool, const int64_t *off, int n,
-                           int dim, int size, int heads) {
-    const int skip = RF_AHEAD_BYTES / (n * dim * size);
-    return (rf_source){base, pool, off, n, skip < 1 ? 1 : skip < heads ? skip : heads};
+
+/* The masked logits of a head. gap: a softmax comes next, which takes time, too, in which memory
+ * must not rest: what is fetched for the last tokens is fetched in one go before it. */
+static void score_head(rf_work *w, const rf_tile *t, int h, rf_ahead ahead, int gap) {
+    const rf_attention_params *p = w->p;
+    const rf_shape *s = &w->shape;
+    const int n = t->n, size = rf_size[p->kv_dtype];
+    const char *q = w->q + h * s->head_rows * s->q_dim * 4;
+    const float factor = p->scale * RF_LOG2E * head_scale(p, &p->k_scale, w->task->head + h);
+    float *to = scores_at(w, h);
+    if (gap) ahead.n = n - n / RF_GAP;
+    const rf_phase x = {at_head(w->k, &p->k, size, h), t->k, ahead, n, p->head_dim};
+    if (s->many) w->f->scores_many(q, s->head_rows, &x, factor, to, w->wide);
+    else w->f->scores_few(q, s->q_dim, &x, s->rows, factor, to);
+    for (int i = ahead.n; i < n; i++) prefetch_vector(&ahead, i, size * p->head_dim);
+    if (w->change) change_logits(w, t, h, to);
+    mask_scores(p, s, &w->seq, w->task->q0, w->task->num_q, t, to);
 }
-/* What to fetch while head h of `now` is read: a later head, or one of what comes next. */
-RF_INLINE rf_ahead ahead_of(const rf_source *now, const rf_source *next, int size, int h,
-                            int heads) {
-    const int later = h + now->skip;
-    if (later < heads)
-        return (rf_ahead){at_head(now->base, now->pool, size, later), now->off, now->n};
-    if (!next->off) return (rf_ahead){NULL, NULL, 0};
-    return (rf_ahead){at_head(next->base, next->pool, size, later - heads), next->off, now->n};
+
+/* Probabilities of the heads from h to before `end`: one with many rows, else as many as whole
+ * vectors of rows hold. */
+static void softmax_heads(rf_work *w, const rf_tile *t, rf_state st, int h, int end) {
+    const rf_attention_params *p = w->p;
+    const rf_shape *s = &w->shape;
+    const int64_t r = h * s->head_rows;
+    float *x = scores_at(w, h), *max = st.max + r, *sum = st.sum + r, *alpha = w->alpha + r;
+    if (!s->many) softmax_few(x, t->n, (end - h) * s->rows, max, sum, alpha);
+    for (; h < end; h++) {
+        const float *scale =
+            token_scales(p, &p->v_scale, t->v_scale, t->n, w->task->head + h, w->v_scale);
+        if (s->many && w->f->pack)
+            softmax_many(x, s->head_rows, t->n, max, sum, alpha, scale, w->f->pack);
+        else if (s->many) softmax_many(x, s->head_rows, t->n, max, sum, alpha, scale, NULL);
+        else if (scale) scale_few(scores_at(w, h), t->n, s->rows, scale);
+    }
 }
 
 static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state st, int fresh) {
@@ -294,43 +313,24 @@ static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state
     const rf_products *f = w->f;
     const rf_shape *s = &w->shape;
     const int heads = s->heads, n = t->n, size = rf_size[p->kv_dtype];
-    const float base = p->scale * RF_LOG2E;
-    const rf_source keys = source_of(w->k, &p->k, t->k, n, p->head_dim, size, heads);
-    const rf_source values = source_of(w->v, &p->v, t->v, n, p->v_head_dim, size, heads);
-    const rf_source next_keys = {w->k, &p->k, next ? next->k : NULL, 0, 0};
-    const int features = p->softcap != 0.0f || p->alibi_slopes || scales_by_token(p, &p->k_scale);
+    const int together = s->many ? 1 : (int)(RF_FEW_ROWS / s->rows);
 
-    for (int h = 0; h < heads; h++) {
-        rf_phase x = {at_head(w->k, &p->k, size, h), t->k, ahead_of(&keys, &values, size, h, heads),
-                      n, p->head_dim};
-        x.ahead.n = n - n / 4; /* the softmax takes time, too, in which memory must not rest */
-        const int64_t head = w->task->head + h, r = h * s->head_rows;
-        const char *q = w->q + r * s->q_dim * 4;
-        const float factor = base * head_scale(p, &p->k_scale, head);
-        float *to = scores_at(w, h), *max = st.max + r, *sum = st.sum + r, *alpha = w->alpha + r;
-        if (s->many) f->scores_many(q, s->head_rows, &x, factor, to, w->wide);
-        else f->scores_few(q, s->q_dim, &x, s->rows, factor, to);
-        if (x.ahead.base)
-            for (int i = x.ahead.n; i < n; i++) prefetch_vector(&x.ahead, i, size, p->head_dim);
-        if (features) change_logits(w, t, h, to);
-        mask_scores(p, s, &w->seq, w->task->q0, w->task->num_q, t, to);
-
-        const float *scale = token_scales(p, &p->v_scale, t->v_scale, n, head, w->v_scale);
-        if (!s->many) {
-            softmax_few(to, n, s->rows, max, sum, alpha);
-            if (scale) scale_few(to, n, s->rows, scale);
-        } else if (f->pack) softmax_many(to, s->head_rows, n, max, sum, alpha, scale, f->pack);
-        else softmax_many(to, s->head_rows, n, max, sum, alpha, scale, NULL);
+    make_ahead(&p->v, w->v, size, t->v, n, heads, n * heads, &w->ahead);
+    for (int h = 0, end; h < heads; h = end) {
+        end = h + together < heads ? h + together : heads;
+        for (int i = h; i < end; i++)
+            score_head(w, t, i, (rf_ahead){w->ahead.row + i * n, n}, i + 1 == end);
+        softmax_heads(w, t, st, h, end);
     }
-
     if (next && scales_by_token(p, &p->k_scale))
         prefetch_scales(&p->k_scale, next->k_scale, next->n, w->task->head, heads);
     if (next && scales_by_token(p, &p->v_scale))
         prefetch_scales(&p->v_scale, next->v_scale, next->n, w->task->head, heads);
+    if (next) make_ahead(&p->k, w->k, size, next->k, next->n, heads, n * heads, &w->ahead);
     for (int h = 0; h < heads; h++) {
         const int64_t r = h * s->head_rows;
-        const rf_phase x = {at_head(w->v, &p->v, size, h), t->v,
-                            ahead_of(&values, &next_keys, size, h, heads), n, p->v_head_dim};
+        const rf_ahead ahead = {next ? w->ahead.row + h * n : NULL, n};
+        const rf_phase x = {at_head(w->v, &p->v, size, h), t->v, ahead, n, p->v_head_dim};
         float *acc = st.acc + r * s->v_dim, *to = scores_at(w, h);
         const float *alpha = fresh ? NULL : w->alpha + r;
         if (s->many) f->values_many(acc, s->v_dim, alpha, to, s->head_rows, &x, s->rows, w->wide);
@@ -359,6 +359,7 @@ static void attend(const rf_attention_params *p, const rf_task *task, float *scr
     w.v_scale = w.k_scale + RF_TILE_TOKENS;
     w.wide = w.v_scale + RF_TILE_TOKENS;
 
+    w.change = p->softcap != 0.0f || p->alibi_slopes || scales_by_token(p, &p->k_scale);
     const int64_t token = w.seq.q_start + task->q0;
     for (int h = 0; h < s->heads; h++)
         load_queries(p, w.f, s, token, task->head + h, w.q + h * s->head_rows * s->q_dim * 4,

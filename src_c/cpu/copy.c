@@ -49,8 +49,7 @@ static void row_task(void *arg, int64_t i, int worker) {
     (void)worker;
     for (const rf_copy_params *before = j->pools; before < p; before++) row += block_bytes(before);
     for (int64_t o = 0; o < p->outer; o++, row += p->middle * p->inner, block += p->outer_stride) {
-        if (j->scatter)
-            copy_pieces(block, p->middle_stride, row, p->inner, p->middle, p->inner);
+        if (j->scatter) copy_pieces(block, p->middle_stride, row, p->inner, p->middle, p->inner);
         else copy_pieces(row, p->inner, block, p->middle_stride, p->middle, p->inner);
     }
 }

@@ -180,7 +180,7 @@ static void dot_scores_many(const void *query, int64_t ld, const rf_phase *x, fl
                             float *s) {
     const uint32_t *q = query;
     const vf f = vf_set1(factor);
-    const rf_ahead *ahead = x->ahead.base ? &x->ahead : NULL; /* for the first rows only */
+    const rf_ahead *ahead = x->ahead.row ? &x->ahead : NULL; /* for the first rows only */
     for (int64_t r = 0, nv; r < ld; r += nv * 16, ahead = NULL) {
         nv = (ld - r) / 16 < 4 ? (ld - r) / 16 : 4;
         switch (nv) {

@@ -65,15 +65,17 @@ RF_INLINE void NAME(qk_block)(const rf_table *table, const uint16_t *q, int64_t 
     vf acc[4][4];
     for (int r = 0; r < rb; r++)
         for (int t = 0; t < 4; t++) acc[r][t] = vf_zero();
-    const int step = 4 * 64 * (int)sizeof(T), bytes = dim * (int)sizeof(T);
+    const int bytes = dim * (int)sizeof(T);
     if (ahead && !fixed)
-        for (int t = 0; t < 4; t++) prefetch_vector(ahead, u * 4 + t, (int)sizeof(T), dim);
+        for (int t = 0; t < 4; t++) prefetch_vector(ahead, u * 4 + t, dim * (int)sizeof(T));
     for (int c = 0; c < dim; c += 64) {
         __m512i ka[4], kb[4];
 #pragma GCC unroll 4
-        for (int t = 0; t < 4; t++) NAME(words)(table, k[t] + c, dim - c, &ka[t], &kb[t]);
-        if (ahead && fixed)
-            prefetch_step(ahead, u * (dim / 64) + c / 64, step, (int)sizeof(T), bytes);
+        for (int t = 0; t < 4; t++) {
+            NAME(words)(table, k[t] + c, dim - c, &ka[t], &kb[t]);
+            if (ahead && fixed)
+                prefetch_step(ahead, (u * (dim / 64) + c / 64) * 4 + t, 64 * (int)sizeof(T), bytes);
+        }
 #pragma GCC unroll 4
         for (int r = 0; r < rb; r++) {
             __m512i qa = _mm512_loadu_si512(q + r * ldq + c);
@@ -103,7 +105,7 @@ RF_INLINE void NAME(qk_tokens)(const uint16_t *q, int64_t ldq, const rf_phase *x
 /* The first block of rows prefetches, the others find the keys in the cache. */
 RF_INLINE void NAME(qk_rows)(const uint16_t *q, int64_t ldq, const rf_phase *x, int dim, int fixed,
                              int64_t rows, vf factor, float *s) {
-    const rf_ahead *ahead = x->ahead.base ? &x->ahead : NULL;
+    const rf_ahead *ahead = x->ahead.row ? &x->ahead : NULL;
     for (int64_t r = 0; r < rows; r += 4, ahead = NULL, q += 4 * ldq, s += 4 * RF_FEW_LD)
         switch (rows - r) {
         case 1: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 1, factor, s); break;
@@ -144,10 +146,10 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
         __m512i v[4];
         const int64_t second = 2 * t + 1 < x->n ? 2 * t + 1 : 2 * t; /* its probability is 0 */
         NAME(pairs)(&table, base + x->off[2 * t], base + x->off[second], dim - c, v);
-        if (ahead && fixed) prefetch_step(ahead, c / 64 * pairs + t, step, (int)sizeof(T), bytes);
+        if (ahead && fixed) prefetch_step(ahead, c / 64 * pairs + t, step, bytes);
         else if (ahead && c == 0) {
-            prefetch_vector(ahead, 2 * t, (int)sizeof(T), dim);
-            prefetch_vector(ahead, 2 * t + 1, (int)sizeof(T), dim);
+            prefetch_vector(ahead, 2 * t, dim * (int)sizeof(T));
+            prefetch_vector(ahead, 2 * t + 1, dim * (int)sizeof(T));
         }
 #pragma GCC unroll 4
         for (int r = 0; r < rb; r++) {
@@ -165,7 +167,7 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
 RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
                              const rf_phase *x, int dim, int fixed, int64_t rows) {
     for (int64_t r = 0; r < rows; r += 4) {
-        const rf_ahead *ahead = r || !x->ahead.base ? NULL : &x->ahead;
+        const rf_ahead *ahead = r || !x->ahead.row ? NULL : &x->ahead;
         const float *factor = alpha ? alpha + r : NULL;
         float *to = acc + r * lda;
         const uint32_t *pr = p + r * RF_FEW_LD;
@@ -196,9 +198,9 @@ static void NAME(pack_values)(const rf_phase *x, uint32_t *out, int64_t ld) {
     for (int t = 0; t < x->n; t += 2, out += ld) {
         const int second = t + 1 < x->n ? t + 1 : t; /* its probability is 0 */
         const T *p = (const T *)x->base + x->off[t], *q = (const T *)x->base + x->off[second];
-        if (x->ahead.base) {
-            prefetch_vector(&x->ahead, t, (int)sizeof(T), x->dim);
-            prefetch_vector(&x->ahead, t + 1, (int)sizeof(T), x->dim);
+        if (x->ahead.row) {
+            prefetch_vector(&x->ahead, t, x->dim * (int)sizeof(T));
+            prefetch_vector(&x->ahead, t + 1, x->dim * (int)sizeof(T));
         }
         for (int c = 0; c < x->dim; c += 64) {
             __m512i v[4];
@@ -214,7 +216,7 @@ static void NAME(widen)(const rf_phase *x, uint16_t *out, int64_t ld) {
     const rf_table table = table_of(RF_TABLE);
     for (int t = 0; t < x->n; t++, out += ld) {
         const T *p = (const T *)x->base + x->off[t];
-        if (x->ahead.base) prefetch_vector(&x->ahead, t, (int)sizeof(T), x->dim);
+        if (x->ahead.row) prefetch_vector(&x->ahead, t, x->dim * (int)sizeof(T));
         for (int c = 0; c < x->dim; c += 64) {
             __m512i a, b;
             NAME(words)(&table, p + c, x->dim - c, &a, &b);

@@ -44,7 +44,7 @@ RF_INLINE void qk_many_rows(const float *q, int64_t ld, const rf_phase *x, const
 
 static void scores_of_many(const float *q, int64_t ld, const rf_phase *x, float factor, float *s) {
     const vf f = vf_set1(factor);
-    const rf_ahead *ahead = x->ahead.base ? &x->ahead : NULL; /* for the first rows only */
+    const rf_ahead *ahead = x->ahead.row ? &x->ahead : NULL; /* for the first rows only */
     for (int64_t r = 0, nv; r < ld; r += nv * RF_W, ahead = NULL) {
         nv = (ld - r) / RF_W < RF_MANY_NV ? (ld - r) / RF_W : RF_MANY_NV;
         switch (nv) {
@@ -65,7 +65,7 @@ typedef struct rf_wide {
 } rf_wide;
 RF_INLINE void widened(rf_wide *w, const rf_phase *x, const void *base, int64_t ld, int dim) {
     for (int t = 0; t < x->n + RF_SLACK; t++) w->off[t] = (t < x->n ? t : x->n - 1) * ld;
-    w->phase = (rf_phase){base, w->off, {NULL, NULL, 0}, x->n, dim};
+    w->phase = (rf_phase){base, w->off, {NULL, 0}, x->n, dim};
 }
 
 #define T           float

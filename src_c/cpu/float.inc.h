@@ -13,19 +13,19 @@ RF_INLINE void NAME(qk_block)(const float *q, int64_t ldq, const T *const k[RF_T
     vf acc[RF_RB][RF_TB];
     for (int r = 0; r < rb; r++)
         for (int t = 0; t < RF_TB; t++) acc[r][t] = vf_zero();
-    const int step = RF_TB * 2 * RF_W * (int)sizeof(T), bytes = dim * (int)sizeof(T);
+    const int bytes = dim * (int)sizeof(T);
     if (ahead && !fixed)
-        for (int t = 0; t < RF_TB; t++) prefetch_vector(ahead, u * RF_TB + t, (int)sizeof(T), dim);
+        for (int t = 0; t < RF_TB; t++) prefetch_vector(ahead, u * RF_TB + t, dim * (int)sizeof(T));
     for (int c = 0; c < dim; c += 2 * RF_W) {
         vf ka[RF_TB], kb[RF_TB];
 #pragma GCC unroll 8
         for (int t = 0; t < RF_TB; t++) {
             if (dim - c >= 2 * RF_W) rf_ld2(k[t] + c, &ka[t], &kb[t]);
             else rf_ld2_part(k[t] + c, dim - c, &ka[t], &kb[t]);
+            if (ahead && fixed)
+                prefetch_step(ahead, (u * (dim / (2 * RF_W)) + c / (2 * RF_W)) * RF_TB + t,
+                              2 * RF_W * (int)sizeof(T), bytes);
         }
-        if (ahead && fixed)
-            prefetch_step(ahead, u * (dim / (2 * RF_W)) + c / (2 * RF_W), step, (int)sizeof(T),
-                          bytes);
 #pragma GCC unroll 8
         for (int r = 0; r < rb; r++) {
             vf qa = vf_load(q + r * ldq + c), qb = vf_load(q + r * ldq + c + RF_W);
@@ -52,7 +52,7 @@ RF_INLINE void NAME(qk_tokens)(const float *q, int64_t ldq, rf_phase x, const rf
 /* The first block of rows prefetches, the others find the keys in the cache. */
 RF_INLINE void NAME(qk_rows)(const float *q, int64_t ldq, rf_phase x, int dim, int fixed,
                              int64_t rows, vf factor, float *s) {
-    const rf_ahead *ahead = x.ahead.base ? &x.ahead : NULL;
+    const rf_ahead *ahead = x.ahead.row ? &x.ahead : NULL;
     int64_t r = 0;
     for (; r + RF_RB <= rows; r += RF_RB, ahead = NULL)
         NAME(qk_tokens)(q + r * ldq, ldq, x, ahead, dim, fixed, RF_RB, factor, s + r * RF_FEW_LD);
@@ -101,9 +101,8 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
                 rf_ld2_part(row + j * 2 * RF_W, part, &v[2 * j], &v[2 * j + 1]);
             else rf_ld2(row + j * 2 * RF_W, &v[2 * j], &v[2 * j + 1]);
         }
-        if (ahead && fixed)
-            prefetch_step(ahead, c / (4 * RF_W) * x.n + t, step, (int)sizeof(T), bytes);
-        else if (ahead && c == 0) prefetch_vector(ahead, t, (int)sizeof(T), dim);
+        if (ahead && fixed) prefetch_step(ahead, c / (4 * RF_W) * x.n + t, step, bytes);
+        else if (ahead && c == 0) prefetch_vector(ahead, t, dim * (int)sizeof(T));
 #pragma GCC unroll 8
         for (int r = 0; r < rb; r++) {
             vf pr = vf_set1(p[r * rs + t * ts]);
@@ -131,7 +130,7 @@ RF_INLINE void NAME(pv_dims)(float *acc, int64_t lda, const float *alpha, const 
 
 RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const float *p,
                              int64_t rs, int64_t ts, rf_phase x, int dim, int fixed, int64_t rows) {
-    const rf_ahead *ahead = x.ahead.base ? &x.ahead : NULL;
+    const rf_ahead *ahead = x.ahead.row ? &x.ahead : NULL;
     int64_t r = 0;
     for (; r + RF_RB <= rows; r += RF_RB, ahead = NULL)
         NAME(pv_dims)(acc + r * lda, lda, alpha ? alpha + r : NULL, p + r * rs, rs, ts, x, ahead,
@@ -180,7 +179,7 @@ static void NAME(widen)(const rf_phase *x, float *out, int64_t ld) {
     for (int t = 0; t < x->n; t++) {
         const T *row = (const T *)x->base + x->off[t];
         float *to = out + t * ld;
-        if (x->ahead.base) prefetch_vector(&x->ahead, t, (int)sizeof(T), x->dim);
+        if (x->ahead.row) prefetch_vector(&x->ahead, t, x->dim * (int)sizeof(T));
         for (int c = 0; c < x->dim; c += 2 * RF_W) {
             vf a, b;
             if (x->dim - c >= 2 * RF_W) rf_ld2(row + c, &a, &b);

@@ -112,7 +112,8 @@ RF_INLINE vf new_maximum(vf top, float *max, float *alpha) {
 }
 
 /* Scores of n tokens become probabilities relative to the new maximum of their row; alpha is the
- * factor of everything summed before. rows < RF_MANY_ROWS; scores have RF_FEW_ROWS. */
+ * factor of everything summed before. rows: at most RF_FEW_ROWS; those of scores are handled by
+ * four. */
 static void softmax_few(float *scores, int32_t n, int64_t rows, float *max, float *sum,
                         float *alpha) {
     const int32_t full = (n + RF_W - 1) / RF_W * RF_W;

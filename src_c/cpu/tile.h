@@ -85,43 +85,67 @@ static void prefetch_scales(const rf_scales *s, const int64_t *off, int n, int32
             __builtin_prefetch(s->data + off[t] + (head + h) * s->head_stride, 0, 2);
 }
 
-/* What to fetch while a phase reads its own vectors: as many, at other places. base NULL: nothing.
+/* What to fetch while a phase reads its own vectors: as many, at other places. row NULL: nothing.
  */
 typedef struct rf_ahead {
-    const char *base;
-    const int64_t *off; /* of each token, in elements */
-    int n;              /* tokens from the first one; the others are for whoever comes after */
+    const char *const *row; /* RF_SLACK more than tokens */
+    int n; /* of them for the phase itself; the others are for whoever comes after */
 } rf_ahead;
 
-/* How far ahead, in bytes: on Zen 4 a bare read in the order of the phases (tokens of a tile, head
- * after head) has 12 GB/s with no prefetch, 21 from 2 KiB ahead, and 23 from 8 to 64 KiB.
- * Prefetches go into the second level: into the first one, 15 to 17 at any distance. */
-#define RF_AHEAD_BYTES 16384
+/* The vectors of a phase in the order in which they lie in memory: for a bare read on Zen 4 that
+ * order is worth a tenth against the order of use (a head's tokens, then the next head's), and
+ * prefetches into the second level a third; into the first level they gain nothing, at any
+ * distance. */
+typedef struct rf_rows_ahead {
+    const char *row[RF_MANY_TILE * RF_MAX_HEADS + RF_SLACK];
+} rf_rows_ahead;
 
-/* The vectors of token t. */
-RF_INLINE void prefetch_vector(const rf_ahead *a, int t, int size, int dim) {
-    const char *p = a->base + a->off[t] * size;
-    for (int at = 0; at < dim * size; at += 64) __builtin_prefetch(p + at, 0, 2);
+static void make_ahead(const rf_paged *x, const char *base, int size, const int64_t *off, int n,
+                       int heads, int wanted, rf_rows_ahead *a) {
+    int m = 0;
+    if (x->head_stride < x->token_stride) { /* the heads of a token are neighbours */
+        for (int t = 0; t < n; t++)
+            for (int h = 0; h < heads; h++)
+                a->row[m++] = base + (off[t] + h * x->head_stride) * size;
+    } else {
+        for (int t = 0; t < n;) {
+            int end = t + 1;
+            while (end < n && off[end] - off[end - 1] == x->token_stride) end++;
+            for (int h = 0; h < heads; h++)
+                for (int i = t; i < end; i++)
+                    a->row[m++] = base + (off[i] + h * x->head_stride) * size;
+            t = end;
+        }
+    }
+    while (m < wanted + RF_SLACK) a->row[m++] = base;
 }
-/* The lines that begin in the i-th `step` bytes of the vectors one after another, row_bytes each, a
+
+/* Row t, whole. */
+RF_INLINE void prefetch_vector(const rf_ahead *a, int t, int bytes) {
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(a->row[t] + at, 0, 2);
+}
+/* The lines that begin in the i-th `step` bytes of the rows one after another, row_bytes each, a
  * multiple of 64. Line after line between the arithmetic, as the memory likes it. */
-RF_INLINE void prefetch_step(const rf_ahead *a, int i, int step, int size, int row_bytes) {
+RF_INLINE void prefetch_step(const rf_ahead *a, int i, int step, int row_bytes) {
     const unsigned from = (unsigned)(i * step), bytes = (unsigned)row_bytes;
+    const int rows = step > row_bytes ? step / row_bytes : 1;
     if (step < 64 && from % 64) return;
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; r++) {
+        const char *p = a->row[from / bytes + (unsigned)r] + from % bytes;
 #pragma GCC unroll 16
-    for (unsigned at = 0; at < (unsigned)step; at += 64)
-        __builtin_prefetch(a->base + a->off[(from + at) / bytes] * size + (from + at) % bytes, 0,
-                           2);
+        for (int at = 0; at < step / rows; at += 64) __builtin_prefetch(p + at, 0, 2);
+    }
 }
 
 /* Where keys are read element by element for tb tokens at once, from token `first` on: a line of
- * some of the vectors at each element, so that all are fetched by the end and none in a burst. */
+ * some of the rows at each element, so that all are fetched by the end and none in a burst. */
 RF_INLINE void prefetch_element(const rf_ahead *a, int first, int tb, int element, int size) {
     const int line = 64 / size, every = line / 4; /* elements of a line; between two fetches */
     if (element % every) return;
     const int from = element % line / every * tb / 4, to = (element % line / every + 1) * tb / 4;
     for (int t = from; t < to; t++)
-        __builtin_prefetch(a->base + (a->off[first + t] + element / line * line) * size, 0, 2);
+        __builtin_prefetch(a->row[first + t] + element / line * 64, 0, 2);
 }
 
 /* One phase of a tile and head: vectors to be read, and what to fetch meanwhile. */

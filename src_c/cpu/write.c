@@ -1,13 +1,12 @@
 /* Writing new vectors into the pool. An 8-bit cache's go through the kernels; others are moved.
  *
- * A large write does not fit the caches, and its vectors are next read when all of them are written:
- * so its stores go past the caches, which saves reading the lines that are overwritten. Tried on a
- * Zen 4 with two cores, 65,536 tokens of 8 heads of 128 bfloat16 (16 pages are written to in turn),
- * against the fastest copy from end to end, 22 to 24 GB/s:
- *   plain stores, token by token                  11 to 12 GB/s
- *   past the caches, token by token               19 to 20
- *   the same, with prefetches 1 to 4 KiB ahead    15 to 19
- *   past the caches, block by block, head by head 12: a source of 256 bytes every 2 KiB
+ * A large write does not fit the caches, and its vectors are next read when all of them are
+ * written: so its stores go past the caches, which saves reading the lines that are overwritten.
+ * Tried on a Zen 4 with two cores, 65,536 tokens of 8 heads of 128 bfloat16 (16 pages are written
+ * to in turn), against the fastest copy from end to end, 22 to 24 GB/s: plain stores, token by
+ * token                  11 to 12 GB/s past the caches, token by token               19 to 20 the
+ * same, with prefetches 1 to 4 KiB ahead    15 to 19 past the caches, block by block, head by head
+ * 12: a source of 256 bytes every 2 KiB
  */
 #include <string.h>
 
@@ -61,7 +60,8 @@ typedef struct side {
     int stream;
 } side;
 
-static side side_of(const rf_paged *to, const rf_rows *from, int64_t dim, int64_t size, int stream) {
+static side side_of(const rf_paged *to, const rf_rows *from, int64_t dim, int64_t size,
+                    int stream) {
     side s = {to->data,
               from->data,
               to->block_stride * size,
