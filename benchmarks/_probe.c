@@ -110,6 +110,13 @@ double probe_sequential(const char *from, int64_t bytes, int threads, int how) {
     return run((job){.run = sequential, .from = from, .bytes = bytes, .how = how}, threads);
 }
 
+/* Bytes of one piece, and what is prefetched is `distance` behind it, in this piece or the next. */
+static void add_behind(const char *p, const char *next, int64_t bytes, int64_t distance, vec s[8]) {
+    if (distance > bytes) distance = bytes;
+    add(p, p + distance, bytes - distance, 3, s);
+    add(p + bytes - distance, next, distance, 3, s);
+}
+
 /* The keys of a block, its values, the keys of the next: as attention must read them. */
 static void paged(job *j) {
     vec s[8] = {0};
@@ -122,7 +129,11 @@ static void paged(job *j) {
         switch (j->how) {
         case 0: add(k, v, j->bytes, 1, s), add(v, next, j->bytes, 1, s); break;
         case 1: add(k, v, j->bytes, 2, s), add(v, next, j->bytes, 2, s); break;
-        default: add(k, v, j->bytes, 3, s), add(v, next, j->bytes, 3, s); break;
+        case 2: add(k, v, j->bytes, 3, s), add(v, next, j->bytes, 3, s); break;
+        default:
+            add_behind(k, v, j->bytes, 16384, s);
+            add_behind(v, next, j->bytes, 16384, s);
+            break;
         }
     }
     keep(j, s);
@@ -178,4 +189,29 @@ static void multiply_add(job *j) {
 double probe_multiply_add(int64_t rounds, int threads, double *flops) {
     *flops = 2.0 * 12 * LANES * (double)rounds * threads;
     return run((job){.run = multiply_add, .bytes = rounds}, threads);
+}
+
+#ifdef __AVX512BF16__
+static void dot(job *j) {
+    __m512 s[12];
+    __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00);
+    for (int i = 0; i < 12; i++) s[i] = _mm512_set1_ps((float)i); /* or they are one */
+    for (int64_t i = 0; i < j->bytes; i++) {
+#pragma GCC unroll 12
+        for (int k = 0; k < 12; k++) s[k] = _mm512_dpbf16_ps(s[k], a, a);
+        __asm__ volatile("" : "+v"(s[0]));
+    }
+    for (int k = 1; k < 12; k++) s[0] = _mm512_add_ps(s[0], s[k]);
+    keep(j, (vec[8]){(vec)s[0]});
+}
+#endif
+
+/* The same of dot products of bfloat16 pairs; -1 where the processor has none. */
+double probe_dot(int64_t rounds, int threads, double *flops) {
+    *flops = 4.0 * 12 * 16 * (double)rounds * threads;
+#ifdef __AVX512BF16__
+    return run((job){.run = dot, .bytes = rounds}, threads);
+#else
+    return -1;
+#endif
 }

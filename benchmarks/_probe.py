@@ -30,7 +30,12 @@ class Probe:
     """What a bare read, copy or multiply-add takes. The best of several ways is the limit."""
 
     SEQUENTIAL = ("plain", "unrolled", "prefetched near", "prefetched far")
-    PAGED = ("plain", "prefetched into the first level", "prefetched into the second level")
+    PAGED = (
+        "plain",
+        "the next block into the first level",
+        "the next block into the second level",
+        "16 KiB ahead into the second level",
+    )
 
     def __init__(self) -> None:
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
@@ -47,6 +52,7 @@ class Probe:
             "probe_paged": [_POINTER, _POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
             "probe_copy": [_POINTER, _POINTER, _LONG, _INT, _INT],
             "probe_multiply_add": [_LONG, _INT, ctypes.POINTER(_DOUBLE)],
+            "probe_dot": [_LONG, _INT, ctypes.POINTER(_DOUBLE)],
         }.items():
             function = getattr(self._c, name)
             function.restype, function.argtypes = _DOUBLE, arguments
@@ -72,4 +78,15 @@ class Probe:
         """Float32 operations a second, two for each multiply-add."""
         flops = _DOUBLE()
         seconds = self._c.probe_multiply_add(2_000_000, threads, ctypes.byref(flops))
+        return flops.value / seconds
+
+    @property
+    def has_dot(self) -> bool:
+        """Whether the processor has dot products of bfloat16 pairs."""
+        return self._c.probe_dot(0, 1, ctypes.byref(_DOUBLE())) >= 0
+
+    def dot(self, threads: int) -> float:
+        """Operations a second in dot products of bfloat16 pairs, four for each pair and sum."""
+        flops = _DOUBLE()
+        seconds = self._c.probe_dot(2_000_000, threads, ctypes.byref(flops))
         return flops.value / seconds

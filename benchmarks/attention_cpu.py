@@ -7,53 +7,70 @@ memory than the caches hold, in random order of blocks. Bare reads of the same b
 reads from end to end ("sequential") and the peers are timed in turn with ours, because a shared
 machine's bandwidth changes from second to second; every number is the median of its turns, and of
 the ways to read the fastest counts. Peers are optional: PyTorch, which gathers the blocks and calls
-scaled_dot_product_attention.
+scaled_dot_product_attention, and vLLM's CPU attention.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+import _peers
 from _bench import machine, median_seconds, print_table
 from _probe import Probe, aligned_zeros
 from rocmforge import reference
-from rocmforge.dtypes import resolve
+from rocmforge.dtypes import NAMES, resolve
 from rocmforge.ops import _cpu, paged_attention, set_num_threads, write_kv
-
-try:
-    import torch
-except ImportError:
-    torch = None
 
 # Gets the block table of its turn; may return the seconds itself, else the whole call counts.
 Run = Callable[[np.ndarray], object]
 
-TOLERANCE = {"float32": 2e-5, "float16": 1.1e-3, "bfloat16": 8.5e-3}
+# Of float32 queries; 16-bit ones round the result, and bfloat16 may round the probabilities too.
+TOLERANCE = {"float32": 2e-5, "float16": 1.1e-3, "bfloat16": 1.2e-2}
+EIGHT_BIT = ("int8", "float8_e4m3fn", "float8_e4m3fnuz")
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 
 
 class Pool:
-    """Keys and values of one layer, larger than the caches, and blocks in random order."""
+    """Keys and values of one layer, larger than the caches, and blocks in random order.
+
+    8-bit ones have a scale for each block, head and token.
+    """
 
     def __init__(self, dtype: str, block_size: int, layout: str, nbytes: int) -> None:
         self.dtype, self.layout, self.block_size = resolve(dtype), layout, block_size
+        self.kv_heads, self.head_dim = KV_HEADS, HEAD_DIM
         inner = (KV_HEADS, block_size) if layout == "HND" else (block_size, KV_HEADS)
         block_bytes = KV_HEADS * block_size * HEAD_DIM * self.dtype.itemsize
         num_blocks = nbytes // (2 * block_bytes)
         rng = np.random.default_rng(0)
-        some = rng.standard_normal(4 << 20, np.float32).astype(self.dtype).view(np.uint8)
+        some = rng.standard_normal(4 << 20, np.float32)
+        if dtype == "int8":
+            some = np.clip(some * 40, -127, 127).round()
+        some = some.astype(self.dtype).view(np.uint8)
         self.caches = []
         for _ in range(2):
             memory = aligned_zeros(num_blocks * block_bytes)
             for start in range(0, memory.size, some.size):
                 memory[start : start + some.size] = some[: memory.size - start]
             self.caches.append(memory.view(self.dtype).reshape(num_blocks, *inner, HEAD_DIM))
+        self.scales: dict[str, np.ndarray] = {}
+        if dtype in EIGHT_BIT:
+            shape = (num_blocks, KV_HEADS, block_size)
+            unit = 1 / 40 if dtype == "int8" else 1.0
+            for name in ("k_scale", "v_scale"):
+                self.scales[name] = (rng.uniform(0.5, 1.5, shape) * unit).astype(np.float32)
         self.order = rng.permutation(num_blocks).astype(np.int32)
         self.next = 0
+
+    @property
+    def query_dtype(self) -> np.dtype:
+        return np.dtype(ml_dtypes.bfloat16) if self.scales else self.dtype
 
     def take(self, count: int) -> np.ndarray:
         """The next blocks of the rotation."""
@@ -79,23 +96,31 @@ class Memory:
 
 
 class Problem:
-    """Sequences of equal length with the same number of query tokens."""
+    """Sequences with some query tokens each; numbers, or lists with one for each sequence."""
 
     def __init__(self, pool: Pool, batch: int, context: int, queries: int = 1) -> None:
         self.pool, self.batch, self.context, self.queries = pool, batch, context, queries
-        self.blocks = -(-context // pool.block_size)
+        self.set_lengths([context] * batch, [queries] * batch)
+
+    def set_lengths(self, contexts: list[int], queries: list[int]) -> None:
         rng = np.random.default_rng(1)
-        shape = (batch * queries, HEADS, HEAD_DIM)
-        self.query = rng.standard_normal(shape, np.float32).astype(pool.dtype)
+        self.counts = [-(-context // self.pool.block_size) for context in contexts]
+        shape = (sum(queries), HEADS, HEAD_DIM)
+        self.query = rng.standard_normal(shape, np.float32).astype(self.pool.query_dtype)
         self.out = np.empty_like(self.query)
-        self.lens = np.full(batch, context, np.int32)
-        self.cu = np.arange(batch + 1, dtype=np.int32) * queries if queries > 1 else None
-        self.nbytes = 2 * batch * context * KV_HEADS * HEAD_DIM * pool.dtype.itemsize
-        seen = sum(context - queries + i + 1 for i in range(queries))
-        self.flops = 4.0 * batch * seen * HEADS * HEAD_DIM
+        self.lens = np.array(contexts, np.int32)
+        self.cu = np.cumsum([0, *queries], dtype=np.int32) if max(queries) > 1 else None
+        elements = 2 * sum(contexts) * KV_HEADS * HEAD_DIM
+        self.nbytes = elements * self.pool.dtype.itemsize
+        pairs = zip(contexts, queries, strict=True)
+        seen = sum(n * (context - n) + n * (n + 1) // 2 for context, n in pairs)
+        self.flops = 4.0 * seen * HEADS * HEAD_DIM
 
     def table(self) -> np.ndarray:
-        return self.pool.take(self.batch * self.blocks).reshape(self.batch, self.blocks)
+        table = np.zeros((len(self.counts), max(self.counts)), np.int32)
+        for row, count in zip(table, self.counts, strict=True):
+            row[:count] = self.pool.take(count)
+        return table
 
     def ours(self, table: np.ndarray) -> None:
         paged_attention(
@@ -106,70 +131,28 @@ class Problem:
             self.cu,
             layout=self.pool.layout,
             out=self.out,
+            **self.pool.scales,
         )
 
     def check(self) -> None:
-        """The first and the last sequence against the oracle."""
+        """The first and the last sequence against the oracle, the last tokens of each."""
         table = self.table()
         self.ours(table)
-        for i in {0, self.batch - 1}:
-            rows = slice(i * self.queries, (i + 1) * self.queries)
-            tokens = slice(rows.stop - min(self.queries, 4), rows.stop)  # the oracle is slow
+        starts = np.arange(len(self.lens) + 1) if self.cu is None else self.cu
+        for i in {0, len(self.lens) - 1}:
+            tokens = slice(max(starts[i], starts[i + 1] - 4), starts[i + 1])
             want = reference.paged_attention(
                 self.query[tokens],
                 *self.pool.caches,
                 table[i : i + 1],
-                self.lens[:1],
+                self.lens[i : i + 1],
                 np.array([0, tokens.stop - tokens.start], np.int32),
                 layout=self.pool.layout,
+                **self.pool.scales,
             )
             error = np.abs(self.out[tokens].astype(np.float64) - want).max()
-            if not error <= TOLERANCE[self.pool.dtype.name]:
-                raise SystemExit(
-                    f"wrong by {error} for {self.pool.dtype}, {self.batch} x {self.context}"
-                )
-
-
-def torch_tensor(array: np.ndarray) -> "torch.Tensor":
-    if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def torch_attention(problem: Problem, *, rows_as_tokens: bool) -> Run:
-    """Gather the blocks, then scaled_dot_product_attention; plain, or the faster way for decode."""
-    query = torch_tensor(problem.query)
-    caches = [torch_tensor(cache) for cache in problem.pool.caches]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    group, queries = HEADS // KV_HEADS, problem.queries
-    mask = None
-    if queries > 1:
-        mask = torch.ones(queries, problem.context, dtype=torch.bool)
-        mask = mask.tril(problem.context - queries)
-
-    def run(table: np.ndarray) -> "torch.Tensor":
-        index = torch.from_numpy(table).long()
-        gathered = []
-        for cache in caches:
-            blocks = cache[index]  # [batch, blocks, heads, tokens, dim] in HND
-            if problem.pool.layout == "HND":
-                blocks = blocks.transpose(2, 3)
-            flat = blocks.reshape(problem.batch, -1, KV_HEADS, HEAD_DIM)[:, : problem.context]
-            gathered.append(flat.transpose(1, 2))
-        if rows_as_tokens:  # the query heads of a key/value head as so many query tokens
-            rows = query.view(problem.batch, KV_HEADS, group, HEAD_DIM)
-            return attend(rows, *gathered)
-        rows = query.view(problem.batch, queries, HEADS, HEAD_DIM).transpose(1, 2)
-        return attend(rows, *gathered, attn_mask=mask, enable_gqa=True)
-
-    table = problem.table()
-    problem.ours(table)
-    got = run(table)
-    got = got.reshape(problem.query.shape) if rows_as_tokens else got.transpose(1, 2)
-    want = torch_tensor(problem.out).reshape(got.shape)
-    if not torch.allclose(got.float(), want.float(), atol=2e-2, rtol=2e-2):
-        raise SystemExit("PyTorch and we disagree")
-    return run
+            if not error <= TOLERANCE[self.query.dtype.name] * max(1.0, np.abs(want).max()):
+                raise SystemExit(f"wrong by {error} for {self.pool.dtype}, {self.lens}")
 
 
 def in_turn(problem: Problem, runs: dict[str, Run], repeats: int) -> dict[str, float]:
@@ -186,16 +169,23 @@ def in_turn(problem: Problem, runs: dict[str, Run], repeats: int) -> dict[str, f
     return {name: statistics.median(times[1:] or times) for name, times in taken.items()}
 
 
+def best_of(seconds: dict[str, float], kind: str) -> float | None:
+    return min((s for name, s in seconds.items() if name.startswith(kind)), default=None)
+
+
+def milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{seconds * 1e3:.2f}"
+
+
 def decode(args: argparse.Namespace, probe: Probe, memory: Memory) -> None:
-    rows = []
-    for dtype in args.dtypes:
-        nbytes = args.pool_bytes * (2 if dtype == "float32" else 1)
-        pool = Pool(dtype, args.block_size, args.layout, nbytes)
-        for threads in args.threads:
-            set_num_threads(threads)
-            if torch:
-                torch.set_num_threads(threads)
-            for batch, context, queries in args.decode:
+    for block_size, layout in [(b, lay) for lay in args.layouts for b in args.block_sizes]:
+        rows = []
+        for dtype in args.dtypes:
+            nbytes = args.pool_bytes * (2 if dtype == "float32" else 1)
+            pool = Pool(dtype, block_size, layout, nbytes)
+            for threads, (batch, context, queries) in itertools.product(args.threads, args.decode):
+                set_num_threads(threads)
+                _peers.set_num_threads(threads)
                 problem = Problem(pool, batch, context, queries)
                 problem.check()
                 runs: dict[str, Run] = {"ours": problem.ours}
@@ -207,82 +197,91 @@ def decode(args: argparse.Namespace, probe: Probe, memory: Memory) -> None:
                     runs[f"sequential {how}"] = lambda _, p=problem, n=threads, h=how: (
                         probe.sequential(memory.take(p.nbytes), n, h)
                     )
-                if torch and not args.no_peers:
-                    runs["torch"] = torch_attention(problem, rows_as_tokens=False)
-                    if queries == 1:
-                        runs["torch best"] = torch_attention(problem, rows_as_tokens=True)
+                if not args.no_peers:
+                    runs |= _peers.attention_peers(problem)
                 repeats = max(3, min(args.repeats, int(args.repeats * 3e8 / problem.nbytes)))
                 seconds = in_turn(problem, runs, repeats + 1)
-                ours = seconds["ours"]
-                best = {
-                    kind: min(
-                        (s for name, s in seconds.items() if name.startswith(kind)), default=None
-                    )
-                    for kind in ("paged", "sequential", "torch")
-                }
+                ours, paged, sequential, *peers = (
+                    best_of(seconds, kind)
+                    for kind in ("ours", "paged", "sequential", "torch", "vllm")
+                )
                 name = f"decode {batch} x {context}"
                 if queries > 1:
                     name = f"{queries} tokens, {batch} x {context}"
+                rates = [f"{problem.nbytes / s / 1e9:.1f}" for s in (ours, paged, sequential)]
+                parts = [f"{paged / ours:.2f}", f"{sequential / ours:.2f}"]
                 rows.append(
-                    [
-                        name,
-                        dtype,
-                        threads,
-                        f"{ours * 1e3:.2f}",
-                        f"{problem.nbytes / ours / 1e9:.1f}",
-                        f"{problem.nbytes / best['paged'] / 1e9:.1f}",
-                        f"{problem.nbytes / best['sequential'] / 1e9:.1f}",
-                        f"{best['paged'] / ours:.2f}",
-                        f"{best['sequential'] / ours:.2f}",
-                        f"{best['torch'] * 1e3:.1f}" if best["torch"] else "-",
-                    ]
+                    [name, dtype, threads, milliseconds(ours), *rates, *parts]
+                    + [milliseconds(peer) for peer in peers]
                 )
-    print(f"\nDecode, block {args.block_size}, {args.layout}, cold caches")
-    header = "problem dtype threads ms GB/s paged sequential of_paged of_seq. torch_ms"
-    print_table([word.replace("_", " ") for word in header.split()], rows)
+        print(f"\nDecode, block {block_size}, {layout}, cold caches; GB/s of keys and values")
+        header = "problem dtype threads ms GB/s paged sequential of_paged of_seq. torch_ms vllm_ms"
+        print_table([word.replace("_", " ") for word in header.split()], rows)
+
+
+def ragged(args: argparse.Namespace) -> None:
+    """One long prompt among decoding sequences: how much of the threads' time is idle."""
+    rows = []
+    threads = max(args.threads)
+    set_num_threads(threads)
+    for dtype in args.dtypes:
+        pool = Pool(dtype, args.block_sizes[0], args.layouts[0], args.pool_bytes // 4)
+        problem = Problem(pool, 1, 16)
+        problem.set_lengths([args.ragged] + [args.ragged // 2] * 31, [args.ragged] + [1] * 31)
+        problem.check()
+        walls, idle = [], []
+        for _ in range(args.repeats + 1):
+            table = problem.table()
+            busy, start = _cpu.busy_seconds(), time.perf_counter()
+            problem.ours(table)
+            walls.append(time.perf_counter() - start)
+            idle.append(1 - (_cpu.busy_seconds() - busy) / (threads * walls[-1]))
+        wall, part = statistics.median(walls[1:]), statistics.median(idle[1:])
+        rate = f"{problem.flops / wall / 1e9:.0f}"
+        rows.append(
+            [f"{args.ragged} + 31", dtype, threads, milliseconds(wall), rate, f"{part:.1%}"]
+        )
+    print("\nRagged batch: one prefill among 31 decodes over half its length")
+    print_table(["problem", "dtype", "threads", "ms", "GFLOP/s", "idle"], rows)
 
 
 def prefill(args: argparse.Namespace, probe: Probe) -> None:
     rows = []
     for dtype in args.dtypes:
-        pool = Pool(dtype, args.block_size, args.layout, args.pool_bytes // 8)
-        for threads in args.threads:
+        pool = Pool(dtype, args.block_sizes[0], args.layouts[0], args.pool_bytes // 8)
+        dots = pool.query_dtype == ml_dtypes.bfloat16 and probe.has_dot
+        peak_of = probe.dot if dots else probe.multiply_add
+        for threads, (batch, new, cached) in itertools.product(args.threads, args.prefill):
             set_num_threads(threads)
-            if torch:
-                torch.set_num_threads(threads)
-            for batch, new, cached in args.prefill:
-                problem = Problem(pool, batch, cached + new, new)
-                problem.check()
+            _peers.set_num_threads(threads)
+            problem = Problem(pool, batch, cached + new, new)
+            problem.check()
 
-                def peak(_: np.ndarray, p: Problem = problem, n: int = threads) -> float:
-                    return p.flops / probe.multiply_add(n)
+            def peak(
+                _: np.ndarray, p: Problem = problem, n: int = threads, of: Any = peak_of
+            ) -> float:
+                return p.flops / of(n)
 
-                runs = {"ours": problem.ours, "peak": peak}
-                if torch and not args.no_peers:
-                    runs["torch"] = torch_attention(problem, rows_as_tokens=False)
-                seconds = in_turn(problem, runs, max(2, args.repeats // 3) + 1)
-                ours = seconds["ours"]
-                rows.append(
-                    [
-                        f"prefill {batch} x {new} over {cached}",
-                        dtype,
-                        threads,
-                        f"{ours * 1e3:.1f}",
-                        f"{problem.flops / ours / 1e9:.0f}",
-                        f"{problem.flops / seconds['peak'] / 1e9:.0f}",
-                        f"{seconds['peak'] / ours:.2f}",
-                        f"{seconds['torch'] * 1e3:.1f}" if "torch" in seconds else "-",
-                    ]
-                )
-    print("\nPrefill; peak is float32 multiply-adds")
-    header = "problem dtype threads ms GFLOP/s peak of_peak torch_ms"
+            runs: dict[str, Run] = {"ours": problem.ours, "peak": peak}
+            if not args.no_peers:
+                runs |= _peers.attention_peers(problem)
+            seconds = in_turn(problem, runs, max(2, args.repeats // 3) + 1)
+            ours = seconds["ours"]
+            rates = [f"{problem.flops / s / 1e9:.0f}" for s in (ours, seconds["peak"])]
+            rows.append(
+                [f"prefill {batch} x {new} over {cached}", dtype, threads, milliseconds(ours)]
+                + [*rates, f"{seconds['peak'] / ours:.2f}", "dot" if dots else "FMA"]
+                + [milliseconds(best_of(seconds, peer)) for peer in ("torch", "vllm")]
+            )
+    print("\nPrefill; peak of float32 multiply-adds (FMA) or bfloat16 dot products (dot)")
+    header = "problem dtype threads ms GFLOP/s peak of_peak kind torch_ms vllm_ms"
     print_table([word.replace("_", " ") for word in header.split()], rows)
 
 
 def write(args: argparse.Namespace, probe: Probe) -> None:
     rows = []
     dtype = "bfloat16" if "bfloat16" in args.dtypes else args.dtypes[0]
-    pool = Pool(dtype, args.block_size, args.layout, args.pool_bytes)
+    pool = Pool(dtype, args.block_sizes[0], args.layouts[0], args.pool_bytes)
     rng = np.random.default_rng(2)
     for tokens in args.write:
         new = [
@@ -299,9 +298,9 @@ def write(args: argparse.Namespace, probe: Probe) -> None:
                 :tokens
             ]
         want = [cache.copy() for cache in pool.caches] if tokens <= 32 else None
-        write_kv(*new, *pool.caches, slots[0], layout=args.layout)
+        write_kv(*new, *pool.caches, slots[0], layout=pool.layout)
         if want:
-            reference.write_kv(*new, *want, slots[0], layout=args.layout)
+            reference.write_kv(*new, *want, slots[0], layout=pool.layout)
             for got, expected in zip(pool.caches, want, strict=True):
                 if not np.array_equal(got.view(np.uint16), expected.view(np.uint16)):
                     raise SystemExit("write_kv is wrong")
@@ -311,7 +310,7 @@ def write(args: argparse.Namespace, probe: Probe) -> None:
             set_num_threads(threads)
             ours = median_seconds(
                 lambda n=new, s=slots: [
-                    write_kv(*n, *pool.caches, x, layout=args.layout) for x in s
+                    write_kv(*n, *pool.caches, x, layout=pool.layout) for x in s
                 ],
                 repeats=args.repeats,
                 seconds=0.02,
@@ -336,7 +335,7 @@ def calls(args: argparse.Namespace) -> None:
     """Short calls, hot: what a step pays besides its work."""
     rows = []
     for dtype in args.dtypes:
-        pool = Pool(dtype, args.block_size, args.layout, 8 << 20)
+        pool = Pool(dtype, args.block_sizes[0], args.layouts[0], 8 << 20)
         for threads in args.threads:
             set_num_threads(threads)
             for context in (1, 128, 512):
@@ -359,9 +358,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a smoke run of seconds")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "float16", "bfloat16"])
-    parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--layout", choices=["HND", "NHD"], default="HND")
+    parser.add_argument("--dtypes", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--block-sizes", type=int, nargs="+", default=[16])
+    parser.add_argument("--layouts", choices=["HND", "NHD"], nargs="+", default=["HND"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument(
@@ -379,11 +378,13 @@ def main() -> None:
         default=[(1, 2048, 1024), (4, 512, 1024)],
     )
     parser.add_argument("--write", type=int, nargs="*", default=[1, 32, 2048, 65536])
+    parser.add_argument("--ragged", type=int, default=2000, help="its prompt; 0 leaves it out")
     args = parser.parse_args()
     args.pool_bytes = 1 << 30
     if args.quick:
         args.pool_bytes, args.repeats = 64 << 20, 3
         args.decode, args.prefill, args.write = [(1, 64, 1), (4, 512, 1)], [(1, 64, 32)], [1, 2048]
+        args.ragged = 200
     probe = Probe()
     memory = Memory(args.pool_bytes)
     print(machine())
@@ -394,6 +395,8 @@ def main() -> None:
         decode(args, probe, memory)
     if args.prefill:
         prefill(args, probe)
+    if args.ragged:
+        ragged(args)
     if args.write:
         write(args, probe)
 
