@@ -133,10 +133,20 @@ class KVCache(KVCacheManager):
             raise ValueError(f'layout: expected "HND" or "NHD", got {layout!r}')
         if device not in ("auto", "cpu"):
             raise DeviceError(f'device: expected "auto" or "cpu", got {device!r}')
-        if (num_blocks is None) == (groups is None):
-            raise ValueError("num_blocks: expected either num_blocks or groups")
+        kind, given = read_scales(scales, num_layers)
+        super().__init__(
+            num_blocks,
+            groups=groups,
+            block_size=block_size,
+            kernel_block_size=kernel_block_size,
+            max_sequences=max_sequences,
+            max_seq_len=max_seq_len,
+            prefix_caching=prefix_caching,
+            watermark=watermark,
+            max_pinned_blocks=max_pinned_blocks,
+        )
         flat = LayerGroup(
-            num_blocks=0 if num_blocks is None else num_blocks,
+            num_blocks=self.num_blocks,
             layers=range(num_layers),
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
@@ -144,7 +154,6 @@ class KVCache(KVCacheManager):
             latent_dim=latent_dim,
             dtype=dtype,
         )
-        kind, given = read_scales(scales, num_layers)
         prefixes = [""] if groups is None else [f"groups[{i}]." for i in range(len(groups))]
         groups = [flat] if groups is None else groups
         shapes = [
@@ -157,16 +166,6 @@ class KVCache(KVCacheManager):
                 f"{scales!r}"
             )
         owners = group_of_layers(groups, num_layers)
-        super().__init__(
-            groups=groups,
-            block_size=block_size,
-            kernel_block_size=kernel_block_size,
-            max_sequences=max_sequences,
-            max_seq_len=max_seq_len,
-            prefix_caching=prefix_caching,
-            watermark=watermark,
-            max_pinned_blocks=max_pinned_blocks,
-        )
         ratio = self.block_size // self.kernel_block_size
         self._layers = [
             make_pools(
