@@ -53,12 +53,12 @@ class LayerPools:
     keys: Array
     values: Array | None
     """None for a latent cache, which has keys alone."""
+    read_values: Array
+    """What attention reads: `values`, or the part of the keys."""
     k_scale: Any = None
     """None, a pool with a scale for each token and head, or a number or an array a head; also None
     while those are not known yet."""
     v_scale: Any = None
-    read_values: Array | None = None
-    """What attention reads: `values`, or the part of the keys."""
     window_size: tuple[int, int] = (-1, -1)
     written: bool = False
     """Whether scales must stay what they are."""
@@ -96,8 +96,8 @@ def make_pools(shape: Shape, group: int, num_blocks: int, block_size: int) -> La
     outer = (num_blocks, *inner[:: 1 if shape.layout == "HND" else -1])
     keys = _zeros((*outer, shape.head_dim), shape.dtype)
     values = None if shape.latent else _zeros((*outer, shape.v_head_dim), shape.dtype)
-    pools = LayerPools(group, keys, values)
-    pools.read_values = keys[..., : shape.v_head_dim] if values is None else values
+    read_values = keys[..., : shape.v_head_dim] if values is None else values
+    pools = LayerPools(group, keys, values, read_values)
     if shape.window is not None:
         pools.window_size = (shape.window - 1, -1)
     if shape.scales == "token":

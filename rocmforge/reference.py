@@ -198,7 +198,8 @@ def quantise(x: Array, scale: Array, dtype: np.dtype[Any]) -> Array:
         quotient = np.clip(quotient, -LARGEST[dtype.name], LARGEST[dtype.name])
         if dtype == np.int8:
             quotient = np.where(np.isnan(quotient), 0, np.rint(quotient))
-        return quotient.astype(dtype)
+        elements: Array = quotient.astype(dtype)
+    return elements
 
 
 def token_scales(x: Array, dtype: np.dtype[Any]) -> Array:
@@ -211,7 +212,8 @@ def token_scales(x: Array, dtype: np.dtype[Any]) -> Array:
     scale = np.maximum(top / np.float32(LARGEST[dtype.name]), SMALLEST_SCALE)
     scale[top == 0] = 1
     scale[~np.isfinite(x).all(axis=-1)] = np.nan
-    return scale
+    result: Array = scale
+    return result
 
 
 def calibrate(key: Array, value: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:
