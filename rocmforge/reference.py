@@ -101,6 +101,8 @@ def paged_attention(
     group = num_heads // num_kv_heads
     if scale is None:
         scale = 1.0 / np.sqrt(head_dim)
+    if v_scale is None:  # a latent cache, whose values are elements of its keys; or no scales
+        v_scale = k_scale
     out = np.zeros((num_tokens, num_heads, v_cache.shape[3]))
     lse = np.full((num_tokens, num_heads), -np.inf)
     for sequence, length in enumerate(seq_lens.tolist()):
