@@ -24,6 +24,8 @@ NAMES: tuple[str, ...] = tuple(_TYPES)
 #: Those whose elements stand for their value times a scale.
 EIGHT_BIT: tuple[str, ...] = NAMES[3:]
 
+_LARGEST = {"float8_e4m3fn": 448.0, "float8_e4m3fnuz": 240.0, "int8": 127.0}
+
 
 def resolve(dtype: object) -> np.dtype[Any]:
     """Return the NumPy dtype of a cache's elements.
@@ -77,4 +79,4 @@ def largest_element(dtype: np.dtype[Any]) -> float:
     >>> [largest_element(resolve(name)) for name in EIGHT_BIT]
     [448.0, 240.0, 127.0]
     """
-    return 127.0 if dtype == np.int8 else float(ml_dtypes.finfo(dtype).max)
+    return _LARGEST[dtype.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -9,22 +10,24 @@ import numpy.typing as npt
 
 from rocmforge import ops
 from rocmforge.batch import Batch
-from rocmforge.dtypes import resolve
 from rocmforge.errors import DeviceError
 from rocmforge.kv_cache_manager import KVCacheManager
+from rocmforge.layer_group import LayerGroup
+from rocmforge.pools import (
+    LayerPools,
+    Shape,
+    as_head_scale,
+    as_integer,
+    as_shape,
+    group_of_layers,
+    make_pools,
+    read_scales,
+)
+from rocmforge.prefix_attention import attend_with_prefix, is_worthwhile
 
 __all__ = ["KVCache"]
 
 Array = npt.NDArray[Any]
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
-    number = value.__index__()
-    if number < 1:
-        raise ValueError(f"{name}: expected 1 or more, got {number}")
-    return number
 
 
 class KVCache(KVCacheManager):
@@ -38,20 +41,35 @@ class KVCache(KVCacheManager):
     ----------
     num_layers : int
         Layers of the model.
-    num_blocks : int
-        Blocks of the pool; a block holds `block_size` tokens of all layers.
-    num_kv_heads, head_dim : int
-        Key/value heads of a layer, and elements of a head: 8 .. 512 in steps of 8.
+    num_blocks : int, optional
+        Blocks of the pool; a block holds `block_size` tokens of all layers. Not with `groups`.
+    num_kv_heads, head_dim : int, optional
+        Key/value heads of a layer, and elements of a head: 8 .. 576 in steps of 8. May be missing
+        where each of the groups has its own.
+    v_head_dim : int, optional
+        Elements of a value's head, if not `head_dim`.
+    latent_dim : int, optional
+        A latent cache: the value is the first `latent_dim` elements of the key, and no values are
+        kept. ``head_dim=576, latent_dim=512`` and one head for multi-head latent attention.
     block_size : int
         Tokens a block, from 1 up.
     dtype : str or numpy.dtype
-        float32, float16 or bfloat16, by name or as a NumPy or ml_dtypes type.
+        float32, float16, bfloat16, float8_e4m3fn, float8_e4m3fnuz or int8, by name or as a NumPy or
+        ml_dtypes type. Keys, values and queries of an 8-bit cache are of any of the first three.
+    scales : {"token", "head"} or sequence, optional
+        Of an 8-bit cache. "token", the default: each token's head has its own, computed by `write`,
+        in pools of float32 that move with the blocks. "head": one for each head of a layer, from
+        `calibrate` or `set_scales` before the layer is first written; or they are given here, for
+        each layer a pair (of keys, of values) of numbers or lists of a number a head.
     layout : {"HND", "NHD"}
         Order of heads and tokens within a block: ``[num_kv_heads, block_size, head_dim]`` or
         ``[block_size, num_kv_heads, head_dim]``.
     device : str
         "cpu", or "auto", which takes the best device at hand: in this version the CPU.
-    max_sequences, max_seq_len, prefix_caching, watermark, max_pinned_blocks
+    groups : sequence of LayerGroup, optional
+        Layers that differ in their window, heads or type, each group with blocks of its own.
+        Together their `layers` must be all of the model's.
+    kernel_block_size, max_sequences, max_seq_len, prefix_caching, watermark, max_pinned_blocks
         As in `KVCacheManager`.
 
     Raises
@@ -79,119 +97,239 @@ class KVCache(KVCacheManager):
     num_layers: int
     num_kv_heads: int
     head_dim: int
+    v_head_dim: int
+    latent_dim: int | None
     dtype: np.dtype[Any]
     layout: Literal["HND", "NHD"]
     device: str
-    _keys: list[Array]
-    _values: list[Array]
+    _layers: list[LayerPools]
+    _shapes: list[Shape]
+    _common: int | None
 
     def __init__(
         self,
         num_layers: int,
-        num_blocks: int,
-        num_kv_heads: int,
-        head_dim: int,
+        num_blocks: int | None = None,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
         *,
+        v_head_dim: int | None = None,
+        latent_dim: int | None = None,
         block_size: int = 16,
         dtype: npt.DTypeLike = "bfloat16",
+        scales: Any = None,
         layout: Literal["HND", "NHD"] = "HND",
         device: str = "auto",
+        groups: Sequence[LayerGroup] | None = None,
+        kernel_block_size: int | None = None,
         max_sequences: int | None = None,
         max_seq_len: int | None = None,
         prefix_caching: bool = True,
         watermark: int = 0,
         max_pinned_blocks: int | None = None,
     ) -> None:
-        num_layers = _positive("num_layers", num_layers)
-        num_kv_heads = _positive("num_kv_heads", num_kv_heads)
-        head_dim = _positive("head_dim", head_dim)
-        if head_dim % 8 or head_dim > 512:
-            raise ValueError(f"head_dim: expected 8 .. 512 in steps of 8, got {head_dim}")
+        num_layers = as_integer("num_layers", num_layers, 1)
         if layout not in ("HND", "NHD"):
             raise ValueError(f'layout: expected "HND" or "NHD", got {layout!r}')
         if device not in ("auto", "cpu"):
             raise DeviceError(f'device: expected "auto" or "cpu", got {device!r}')
-        storage = resolve(dtype)
+        kind, given = read_scales(scales, num_layers)
         super().__init__(
             num_blocks,
+            groups=groups,
             block_size=block_size,
+            kernel_block_size=kernel_block_size,
             max_sequences=max_sequences,
             max_seq_len=max_seq_len,
             prefix_caching=prefix_caching,
             watermark=watermark,
             max_pinned_blocks=max_pinned_blocks,
         )
-        heads_and_tokens = (num_kv_heads, self.block_size)
-        shape = (self.num_blocks, *heads_and_tokens[:: 1 if layout == "HND" else -1], head_dim)
-        # zeros, not empty: the operating system then hands out the pages as they are first written
-        self._keys = [np.zeros(shape, storage) for _ in range(num_layers)]
-        self._values = [np.zeros(shape, storage) for _ in range(num_layers)]
+        flat = LayerGroup(
+            num_blocks=self.num_blocks,
+            layers=range(num_layers),
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            v_head_dim=v_head_dim,
+            latent_dim=latent_dim,
+            dtype=dtype,
+        )
+        prefixes = [""] if groups is None else [f"groups[{i}]." for i in range(len(groups))]
+        groups = [flat] if groups is None else groups
+        shapes = [
+            as_shape(group, flat, kind, layout, prefix)
+            for group, prefix in zip(groups, prefixes, strict=True)
+        ]
+        if kind is not None and not any(shape.scales for shape in shapes):
+            raise ValueError(
+                f"scales: expected None for {shapes[0].dtype.name}, whose elements have none, got "
+                f"{scales!r}"
+            )
+        owners = group_of_layers(groups, num_layers)
+        ratio = self.block_size // self.kernel_block_size
+        self._layers = [
+            make_pools(
+                shapes[owner],
+                owner,
+                self.groups[owner].allocator.num_blocks * ratio,
+                self.kernel_block_size,
+            )
+            for owner in owners
+        ]
+        self._shapes = shapes
+        self._common = None
+        first = shapes[0]
         self.num_layers = num_layers
-        self.num_kv_heads = num_kv_heads
-        self.head_dim = head_dim
-        self.dtype = storage
+        self.num_kv_heads = first.num_kv_heads
+        self.head_dim = first.head_dim
+        self.v_head_dim = first.v_head_dim
+        self.latent_dim = first.v_head_dim if first.latent else None
+        self.dtype = first.dtype
         self.layout = layout
         self.device = "cpu"
+        for layer, pair in enumerate(given):
+            if pair is not None:
+                self.set_scales(layer, *pair)
+
+    # ---- arrays ----
 
     @property
     def nbytes(self) -> int:
         """Bytes of all pools; pages that were never written may not be resident."""
-        return sum(pool.nbytes for pool in (*self._keys, *self._values))
+        return sum(pool.nbytes for layer in self._layers for _, pool in layer.each())
 
     @property
     def block_nbytes(self) -> int:
-        """Bytes of one block in all layers, keys and values."""
-        return (
-            2
-            * self.num_layers
-            * self.num_kv_heads
-            * self.block_size
-            * self.head_dim
-            * self.dtype.itemsize
-        )
+        """Bytes of one block in all layers of the first group: keys, values and scales."""
+        return sum(pool.nbytes // len(pool) for _, pool, group in self._pools() if group == 0)
 
-    def _layer(self, layer: int) -> int:
-        if isinstance(layer, bool) or not hasattr(layer, "__index__"):
-            raise TypeError(f"layer: expected an integer, got {type(layer).__name__}")
-        index = layer.__index__()
-        if not 0 <= index < self.num_layers:
-            raise ValueError(f"layer: expected 0 .. {self.num_layers - 1}, got {index}")
-        return index
+    def _layer(self, layer: int) -> LayerPools:
+        try:
+            if layer >= 0 and layer is not True and layer is not False:
+                return self._layers[layer]
+        except (IndexError, TypeError):
+            pass
+        index = as_integer("layer", layer)
+        raise ValueError(f"layer: expected 0 .. {self.num_layers - 1}, got {index}")
+
+    def _pools(self) -> list[tuple[str, Array, int]]:
+        """Whatever moves with the blocks: name, array with an entry a block, layer group."""
+        ratio = self.block_size // self.kernel_block_size
+        pools = []
+        for layer, arrays in enumerate(self._layers):
+            for name, pool in arrays.each():
+                if ratio > 1:
+                    pool = pool.reshape(len(pool) // ratio, ratio, *pool.shape[1:])
+                pools.append((f"layer{layer}.{name}", pool, arrays.group))
+        return pools
 
     def k_cache(self, layer: int) -> Array:
         """The keys of a layer: ``[num_blocks, num_kv_heads, block_size, head_dim]`` in layout HND.
 
         A view, for as long as the cache lives. In layout NHD the second and third dimension change
-        places.
+        places. Blocks are kernel blocks.
         """
-        return self._keys[self._layer(layer)]
+        return self._layer(layer).keys
 
     def v_cache(self, layer: int) -> Array:
-        """The values of a layer, as `k_cache`."""
-        return self._values[self._layer(layer)]
+        """The values of a layer, as `k_cache`; in a latent cache a part of the keys."""
+        return self._layer(layer).read_values
+
+    def scales(self, layer: int) -> tuple[Any, Any]:
+        """The scales of a layer's keys and values, as `rocmforge.ops` takes them; None for none.
+
+        Pools are float32 ``[num_blocks, num_kv_heads, block_size]``, views as `k_cache`.
+        """
+        pools = self._layer(layer)
+        return pools.k_scale, pools.v_scale
+
+    def set_scales(self, layer: int, k_scale: Any, v_scale: Any = None) -> None:
+        """Set the scales of a layer whose scales are a head's, before anything is written to it.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the model's layer.
+        k_scale, v_scale : float or array ``[num_kv_heads]``
+            An element stands for its value times the scale. None for the values of a latent cache.
+
+        Raises
+        ------
+        ValueError, TypeError
+            If a number is not positive and finite, there are too many, the layer's scales are of
+            another kind, or it was written to, so that what it holds would change.
+        """
+        pools = self._layer(layer)
+        shape = self._shapes[pools.group]
+        if shape.scales != "head":
+            raise ValueError(f'scales: layer {layer} has none that can be set; see scales="head"')
+        if pools.written:
+            raise ValueError(f"scales: layer {layer} was written to with those that it has")
+        if shape.latent != (v_scale is None):
+            raise ValueError(
+                f"v_scale: expected {'None' if shape.latent else 'a scale'}, got {v_scale!r}"
+            )
+        k_scale = as_head_scale(k_scale, shape.num_kv_heads, "k_scale")
+        if not shape.latent:
+            v_scale = as_head_scale(v_scale, shape.num_kv_heads, "v_scale")
+        pools.k_scale, pools.v_scale = k_scale, v_scale
+
+    def calibrate(self, layer: int, key: Array, value: Array | None) -> None:
+        """Set the scales of a layer so that the largest element of these tokens is the type's.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the model's layer.
+        key, value : array ``[num_tokens, num_kv_heads, head_dim]``
+            Some typical tokens, as for `write`; larger elements are saturated later.
+
+        Raises
+        ------
+        ValueError, TypeError
+            As `set_scales` and `rocmforge.ops.calibrate`.
+        """
+        dtype = self._shapes[self._layer(layer).group].dtype
+        self.set_scales(layer, *ops.calibrate(key, value, dtype))
 
     def block_data(self, layer: int, block_id: int) -> tuple[Array, Array]:
         """The keys and values of one block of a layer: two views of the shape of a block.
+
+        With a smaller kernel block they have one dimension more: the kernel blocks.
 
         Raises
         ------
         InvalidBlockError
             If the block id is out of range.
         """
-        index = self._layer(layer)
-        block = self.allocator.get_block(block_id).id
-        return self._keys[index][block], self._values[index][block]
+        pools = self._layer(layer)
+        block = self.groups[pools.group].allocator.get_block(block_id).id
+        ratio = self.block_size // self.kernel_block_size
+        if ratio == 1:
+            return pools.keys[block], pools.read_values[block]
+        some = slice(block * ratio, (block + 1) * ratio)
+        return pools.keys[some], pools.read_values[some]
+
+    # ---- steps ----
 
     def append(
         self, sequence_ids: Any, num_tokens: Any, token_ids: Any = None, *, out: Batch | None = None
     ) -> Batch:
         """Reserve slots as `KVCacheManager.append`, and copy the shared blocks it will write to."""
         batch = super().append(sequence_ids, num_tokens, token_ids, out=out)
-        if len(batch.copies):
-            ops.copy_blocks([*self._keys, *self._values], batch.copies)
+        self._common = None
+        for group, part in enumerate(batch.groups):
+            if len(part.copies):
+                pools = [
+                    pool
+                    for layer in self._layers
+                    if layer.group == group
+                    for _, pool in layer.each()
+                ]
+                ops.copy_blocks(pools, part.copies)
         return batch
 
-    def write(self, layer: int, key: Array, value: Array, batch: Batch) -> None:
+    def write(self, layer: int, key: Array, value: Array | None, batch: Batch) -> None:
         """Store the keys and values of a batch's new tokens in one layer.
 
         When all layers of a batch are written, it is committed, provided that the tokens before
@@ -202,64 +340,111 @@ class KVCache(KVCacheManager):
         layer : int
             Index of the model's layer.
         key, value : array ``[num_tokens, num_kv_heads, head_dim]``
-            In the cache's dtype and in the batch's order.
+            In the batch's order and the cache's dtype, or for an 8-bit cache float32, float16 or
+            bfloat16; values have ``v_head_dim`` elements. value is None for a latent cache.
         batch : Batch
             Made by `append` of this cache, not committed yet.
 
         Raises
         ------
         ValueError, TypeError
-            If a shape or dtype differs, or the batch is stale, committed or of another cache.
+            If a shape or dtype differs, the batch is stale, committed or of another cache, or a
+            layer's scales are not known yet.
         """
-        index = self._layer(layer)
+        pools = self._layer(layer)
         self._check_writable_batch(batch)
         ops.write_kv(
             key,
             value,
-            self._keys[index],
-            self._values[index],
-            batch.slot_mapping,
+            pools.keys,
+            pools.values,
+            batch.groups[pools.group].slot_mapping,
+            k_scale=pools.k_scale,
+            v_scale=pools.v_scale,
             layout=self.layout,
         )
-        self._mark_written(batch, index, self.num_layers)
+        pools.written = True
+        self._mark_written(batch, layer, self.num_layers)
 
-    def attend(self, layer: int, query: Array, batch: Batch, out: Array | None = None) -> Array:
+    def attend(
+        self,
+        layer: int,
+        query: Array,
+        batch: Batch,
+        out: Array | None = None,
+        *,
+        scale: float | None = None,
+        softcap: float = 0.0,
+        alibi_slopes: Array | None = None,
+        sinks: Array | None = None,
+        mask: Array | None = None,
+        return_lse: bool = False,
+        deterministic: bool = True,
+    ) -> Any:
         """Causal attention of a batch's new tokens over all tokens of their sequences.
 
         Parameters
         ----------
         layer : int
-            Index of the model's layer.
+            Index of the model's layer. Its group's window holds.
         query : array ``[num_tokens, num_heads, head_dim]``
-            In the cache's dtype; `num_heads` is a multiple of `num_kv_heads`.
+            In the cache's dtype, or for an 8-bit cache float32, float16 or bfloat16; `num_heads` is
+            a multiple of `num_kv_heads`.
         batch : Batch
             The batch whose keys and values of this layer were written.
         out : array, optional
-            Of the query's shape and dtype.
+            ``[num_tokens, num_heads, v_head_dim]`` of the query's dtype.
+        scale, softcap, alibi_slopes, sinks, mask, return_lse
+            As in `rocmforge.ops.paged_attention`; a latent cache needs `scale`.
+        deterministic : bool
+            True: a sequence's result is the same to the bit, whatever else is in the batch. False
+            allows what is faster: keys and values that the whole batch shares are read once for
+            all sequences, where that pays.
 
         Returns
         -------
-        array ``[num_tokens, num_heads, head_dim]``
+        out : array ``[num_tokens, num_heads, v_head_dim]``
             `out`, or a new array.
+        lse : array float32 ``[num_tokens, num_heads]``
+            With `return_lse`: the logarithm of the softmax's sum.
 
         Raises
         ------
         ValueError, TypeError
             If a shape or dtype differs, or the batch is stale or of another cache.
         """
-        index = self._layer(layer)
+        pools = self._layer(layer)
         self._check_batch(batch)
-        result: Array = ops.paged_attention(
+        options: dict[str, Any] = {
+            "rows": batch.rows,
+            "scale": scale,
+            "window_size": pools.window_size,
+            "softcap": softcap,
+            "alibi_slopes": alibi_slopes,
+            "sinks": sinks,
+            "mask": mask,
+            "k_scale": pools.k_scale,
+            "v_scale": pools.v_scale,
+            "max_seqlen_q": batch.max_seqlen_q,
+            "max_seq_len": batch.max_seq_len,
+            "deterministic": deterministic,
+            "layout": self.layout,
+            "out": out,
+            "return_lse": return_lse,
+        }
+        arrays = (
             query,
-            self._keys[index],
-            self._values[index],
-            self.block_table,
+            pools.keys,
+            pools.read_values,
+            batch.groups[pools.group].block_table,
             batch.seq_lens,
             batch.cu_seqlens_q,
-            rows=batch.rows,
-            max_seqlen_q=batch.max_seqlen_q,
-            max_seq_len=batch.max_seq_len,
-            layout=self.layout,
-            out=out,
         )
-        return result
+        if not deterministic and pools.group == 0:
+            if self._common is None:
+                self._common = batch.num_common_blocks
+            if is_worthwhile(
+                self._common * self.kernel_block_size, batch, pools.window_size, alibi_slopes
+            ):
+                return attend_with_prefix(self._common, *arrays, **options)
+        return ops.paged_attention(*arrays, **options)

@@ -101,6 +101,8 @@ def paged_attention(
     group = num_heads // num_kv_heads
     if scale is None:
         scale = 1.0 / np.sqrt(head_dim)
+    if v_scale is None:  # a latent cache, whose values are elements of its keys; or no scales
+        v_scale = k_scale
     out = np.zeros((num_tokens, num_heads, v_cache.shape[3]))
     lse = np.full((num_tokens, num_heads), -np.inf)
     for sequence, length in enumerate(seq_lens.tolist()):
@@ -198,7 +200,8 @@ def quantise(x: Array, scale: Array, dtype: np.dtype[Any]) -> Array:
         quotient = np.clip(quotient, -LARGEST[dtype.name], LARGEST[dtype.name])
         if dtype == np.int8:
             quotient = np.where(np.isnan(quotient), 0, np.rint(quotient))
-        return quotient.astype(dtype)
+        elements: Array = quotient.astype(dtype)
+    return elements
 
 
 def token_scales(x: Array, dtype: np.dtype[Any]) -> Array:
@@ -211,7 +214,8 @@ def token_scales(x: Array, dtype: np.dtype[Any]) -> Array:
     scale = np.maximum(top / np.float32(LARGEST[dtype.name]), SMALLEST_SCALE)
     scale[top == 0] = 1
     scale[~np.isfinite(x).all(axis=-1)] = np.nan
-    return scale
+    result: Array = scale
+    return result
 
 
 def calibrate(key: Array, value: Array, dtype: np.dtype[Any]) -> tuple[Array, Array]:

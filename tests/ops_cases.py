@@ -23,9 +23,10 @@ INT8 = np.dtype(np.int8)
 DTYPES = (FLOAT32, FLOAT16, BFLOAT16)
 EIGHT_BIT = (FLOAT8, FLOAT8UZ, INT8)
 
-# Largest error allowed, absolute and relative to the result, for inputs of magnitude 1. Softmax and
-# sums are float32, over up to some thousand terms; the 16-bit types add their final rounding, half
-# a unit in the last place: 2^-11 and 2^-8.
+# Largest error allowed, absolute and relative to the result, for inputs of magnitude 1 and up to
+# 256 elements a head (for more, so many times more). Softmax and sums are float32, over up to some
+# thousand terms; the 16-bit types add their final rounding, half a unit in the last place: 2^-11
+# and 2^-8.
 TOLERANCE = {
     FLOAT32: (2e-6, 2e-6),
     FLOAT16: (2e-6, 2.0**-11 + 2e-6),
@@ -218,12 +219,13 @@ def pairwise(seed=0, **parameters):
     return rows
 
 
-def assert_close(got, want, bound=0.0):
+def assert_close(got, want, bound=0.0, head_dim=0):
     """Compare a result with the float64 oracle's by the tolerance of its dtype.
 
     bound : what rounding probabilities may add, where the variant in use does that.
     """
     atol, rtol = TOLERANCE[got.dtype]
+    atol *= max(1, head_dim / 256)
     if _cpu.isa() in ROUNDING_VARIANTS:
         atol = atol + bound
     error = np.abs(got.astype(np.float64) - want)

@@ -1,4 +1,4 @@
-"""write_kv and copy_blocks against the oracle: the same bits, and no byte elsewhere."""
+"""Writing to the cache and moving its blocks: the oracle's bits, and no byte elsewhere."""
 
 import itertools
 
@@ -7,9 +7,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ops_cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, bits, guarded
+from ops_cases import (
+    BFLOAT16,
+    DTYPES,
+    EIGHT_BIT,
+    FLOAT8,
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    bits,
+    guarded,
+)
 from rocmforge import reference
-from rocmforge.ops import copy_blocks, get_num_threads, set_num_threads, write_kv
+from rocmforge.ops import (
+    _cpu,
+    calibrate,
+    copy_blocks,
+    gather_blocks,
+    get_num_threads,
+    scatter_blocks,
+    set_num_threads,
+    write_kv,
+)
+
+ISAS = _cpu.available_isas()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    before = _cpu.isa()
+    _cpu._set_isa(request.param)
+    yield request.param
+    _cpu._set_isa(before)
 
 
 def random(shape, dtype, seed):
@@ -112,6 +141,166 @@ def test_any_shape(dtype, tokens, kv_heads, dims, blocks, block_size, layout, se
     check(*case, layout)
 
 
+# ---------------------------------------------------------------- 8-bit caches
+
+
+def make_8_bit(dtype, kv_dtype, tokens, scales, *, dims=(64, 64), layout="HND", seed=0, **kwargs):
+    """New vectors of every magnitude, some zero, some not finite, and caches with their scales."""
+    _, caches, slots = make(kv_dtype, tokens, dims=dims, layout=layout, seed=seed, **kwargs)
+    rng = np.random.default_rng(seed)
+    blocks, heads, block_size = (caches[0] if layout == "HND" else caches[0].swapaxes(1, 2)).shape[
+        :3
+    ]
+    new = []
+    for dim in dims:
+        x = rng.standard_normal((tokens, heads, dim)) * 10.0 ** rng.uniform(
+            -6, 3, (tokens, heads, 1)
+        )
+        x[rng.random((tokens, heads)) < 0.1] = 0
+        for value in (np.nan, np.inf, -np.inf):
+            x[rng.random(x.shape) < 0.2 / dim] = value
+        with np.errstate(over="ignore"):
+            new.append(x.astype(dtype))
+    factors = {
+        "token": lambda: np.full((blocks, heads, block_size), 7, np.float32),
+        "head": lambda: (10 ** rng.uniform(-3, 1, heads)).astype(np.float32),
+        "scalar": lambda: float(10 ** rng.uniform(-2, 1)),
+    }[scales]
+    return new, caches, slots, [factors(), factors()]
+
+
+def check_8_bit(new, caches, slots, factors, layout="HND"):
+    def copies(arrays):
+        return [x.copy() if isinstance(x, np.ndarray) else x for x in arrays]
+
+    want, want_factors = copies(caches), copies(factors)
+    for write, c, f in ((reference.write_kv, want, want_factors), (write_kv, caches, factors)):
+        write(*new, *c, slots, k_scale=f[0], v_scale=f[1], layout=layout)
+    for got, expected in zip([*caches, *factors], [*want, *want_factors], strict=True):
+        if isinstance(got, float):
+            continue
+        # Any NaN is as good: it has no bits that mean something.
+        nan = np.isnan(expected.astype(np.float32))
+        np.testing.assert_array_equal(np.isnan(got.astype(np.float32)), nan)
+        np.testing.assert_array_equal(bits(got)[~nan], bits(expected)[~nan])
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", EIGHT_BIT, ids=str)
+@pytest.mark.parametrize("scales", ["token", "head", "scalar"])
+def test_write_8_bit(dtype, kv_dtype, scales):
+    for i, dims in enumerate([(8, 24), (64, 64), (128, 40), (576, 512)]):
+        layout = ("HND", "NHD")[i % 2]
+        case = make_8_bit(dtype, kv_dtype, 60, scales, dims=dims, layout=layout, kv_heads=3, seed=i)
+        check_8_bit(*case, layout=layout)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("kv_dtype", EIGHT_BIT, ids=str)
+def test_every_rounding(kv_dtype):
+    """Elements, the points halfway between two, and their neighbours; all magnitudes of float16."""
+    with np.errstate(invalid="ignore"):
+        elements = np.arange(256, dtype=np.uint8).view(kv_dtype).astype(np.float32)
+    elements = np.unique(elements[np.isfinite(elements)])
+    ties = (elements[1:] + elements[:-1]) / 2
+    x = np.concatenate([elements, ties, np.nextafter(ties, 0), np.nextafter(ties, np.float32(1e9))])
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    for values, dtype in ((x, FLOAT32), (halves, FLOAT16)):
+        key = np.zeros((-(-len(values) // 64), 1, 64), dtype)
+        key.reshape(-1)[: len(values)] = values
+        cache = np.zeros((1, 1, len(key), 64), kv_dtype)
+        for scale in (1.0, 0.3):
+            want, slots = cache.copy(), np.arange(len(key))
+            reference.write_kv(key, None, want, None, slots, k_scale=scale)
+            write_kv(key, None, cache, None, slots, k_scale=scale)
+            nan = np.isnan(want.astype(np.float32))
+            np.testing.assert_array_equal(np.isnan(cache.astype(np.float32)), nan)
+            np.testing.assert_array_equal(bits(cache)[~nan], bits(want)[~nan])
+
+
+def test_latent_write():
+    (key, _), (cache, _), slots = make(BFLOAT16, 40, dims=(576, 8), kv_heads=1)
+    want = cache.copy()
+    reference.write_kv(key, None, want, None, slots)
+    write_kv(key, None, cache, None, slots)
+    np.testing.assert_array_equal(bits(cache), bits(want))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_write_8_bit(threads):
+    before = get_num_threads()
+    set_num_threads(threads)
+    try:
+        check_8_bit(*make_8_bit(BFLOAT16, INT8, 1000, "token", kv_heads=8, blocks=80))
+    finally:
+        set_num_threads(before)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [8, 24, 128])
+def test_8_bit_touches_nothing_past_the_end(dtype, dim):
+    new, caches, slots, factors = make_8_bit(dtype, FLOAT8, 30, "token", dims=(dim, dim), blocks=3)
+    slots[0] = 3 * 16 - 1
+    check_8_bit(
+        *([guarded(x) for x in arrays] for arrays in (new, caches)),
+        guarded(slots),
+        [guarded(x) for x in factors],
+    )
+
+
+@given(
+    dtype=st.sampled_from(DTYPES),
+    kv_dtype=st.sampled_from(EIGHT_BIT),
+    scales=st.sampled_from(["token", "head", "scalar"]),
+    isa=st.sampled_from(ISAS),
+    tokens=st.integers(0, 70),
+    kv_heads=st.integers(1, 9),
+    dims=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    block_size=st.integers(1, 20),
+    layout=st.sampled_from(["HND", "NHD"]),
+    seed=st.integers(0, 2**16),
+)
+def test_any_8_bit_shape(
+    dtype, kv_dtype, scales, isa, tokens, kv_heads, dims, block_size, layout, seed
+):
+    case = make_8_bit(
+        dtype,
+        kv_dtype,
+        tokens,
+        scales,
+        kv_heads=kv_heads,
+        dims=tuple(8 * dim for dim in dims),
+        blocks=80,
+        block_size=block_size,
+        layout=layout,
+        seed=seed,
+    )
+    before = _cpu.isa()
+    _cpu._set_isa(isa)
+    try:
+        check_8_bit(*case, layout=layout)
+    finally:
+        _cpu._set_isa(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", EIGHT_BIT, ids=str)
+def test_calibrate(dtype, kv_dtype):
+    rng = np.random.default_rng(0)
+    key, value = (rng.standard_normal((30, 3, dim)).astype(dtype) for dim in (64, 24))
+    key[:, 1] = 0
+    got = calibrate(key, value, kv_dtype)
+    for scale, want in zip(got, reference.calibrate(key, value, kv_dtype), strict=True):
+        assert scale.dtype == FLOAT32
+        np.testing.assert_array_equal(scale, want)
+    assert got[0][1] == 1
+    k_scale, none = calibrate(key[::-1, ::-1], None, kv_dtype.name)
+    np.testing.assert_array_equal(k_scale, got[0][::-1])
+    assert none is None
+
+
 # ---------------------------------------------------------------- copy_blocks
 
 
@@ -154,3 +343,68 @@ def test_large_copy(threads):
         check_copy(layers, np.random.default_rng(0).permutation(400).reshape(200, 2))
     finally:
         set_num_threads(before)
+
+
+# ---------------------------------------------------------------- gather and scatter
+
+
+def check_moves(caches, ids, **kwargs):
+    ids = np.array(ids, np.int32)
+    arrays = [caches] if isinstance(caches, np.ndarray) else caches
+    want = reference.gather_blocks(arrays, ids)
+    got = gather_blocks(caches, ids, **kwargs)
+    np.testing.assert_array_equal(got, want)
+    others = [cache.copy(order="K") for cache in arrays]
+    for cache in arrays:
+        cache[ids] = cache.dtype.type(0)
+    scatter_blocks(caches, ids, got)
+    for cache, expected in zip(arrays, others, strict=True):
+        np.testing.assert_array_equal(bits(cache), bits(expected))
+    return got
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *EIGHT_BIT], ids=str)
+def test_gather_and_scatter(dtype):
+    layers = [random((9, 2, 16, 24), dtype, i) for i in range(6)]
+    scales = [random((9, 2, 16), FLOAT32, i) for i in range(6)]
+    check_moves(layers + scales, [3, 0, 8])
+    check_moves(layers[0], [4])
+    assert check_moves(layers, []).shape[0] == 0
+    data = gather_blocks(layers, np.array([1, 1], np.int32))
+    np.testing.assert_array_equal(data[0], data[1])
+    other = [np.zeros_like(layer) for layer in layers]
+    scatter_blocks(other, np.array([7], np.int32), data[:1])
+    for layer, moved in zip(layers, other, strict=True):
+        np.testing.assert_array_equal(bits(moved[7]), bits(layer[1]))
+
+
+def test_gather_of_views_into_a_buffer():
+    fused = random((9, 2, 4, 16, 24), BFLOAT16, 0)
+    wide = random((9, 4, 16, 32), FLOAT16, 1)[..., :24]
+    views = [fused[:, 0], fused[:, 1].swapaxes(1, 2), wide, np.arange(9, dtype=np.uint8)]
+    size = 2 * 4 * 16 * 24 * 2 + 4 * 16 * 24 * 2 + 1
+    buffer = np.zeros((3, size + 9), np.uint8)
+    got = check_moves(views, [8, 2, 5], out=buffer[:, 4:-5])
+    assert np.shares_memory(got, buffer)
+    assert not buffer[:, :4].any()
+    assert not buffer[:, -5:].any()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_gather(threads):
+    before = get_num_threads()
+    set_num_threads(threads)
+    try:
+        layers = [random((100, 2, 16, 64), FLOAT32, i) for i in range(3)]
+        check_moves(layers, np.random.default_rng(0).permutation(100)[:70])
+    finally:
+        set_num_threads(before)
+
+
+def test_moves_touch_nothing_past_the_end():
+    caches = [guarded(random((4, 2, 8, 8), FLOAT16, 0)), guarded(random((4, 2, 8), FLOAT32, 1))]
+    ids = guarded(np.array([3, 1], np.int32))
+    out = guarded(np.zeros((2, 2 * 8 * 8 * 2 + 2 * 8 * 4), np.uint8))
+    gather_blocks(caches, ids, out)
+    np.testing.assert_array_equal(out, reference.gather_blocks(caches, ids))
+    scatter_blocks(caches, ids, out)

@@ -13,7 +13,7 @@ from rocmforge.ops._params cimport rf_copy_params, rf_write_params
 
 import numpy as np
 
-from rocmforge.dtypes import EIGHT_BIT, largest_element, resolve
+from rocmforge import dtypes as _dtypes
 
 cnp.import_array()
 
@@ -132,9 +132,9 @@ def calibrate(key, value, dtype):
     >>> k_scale
     array([0.02], dtype=float32)
     """
-    kind = resolve(dtype)
-    if kind.name not in EIGHT_BIT:
-        raise ValueError(f"dtype must be one of {', '.join(EIGHT_BIT)}, got {kind.name}")
+    kind = _dtypes.resolve(dtype)
+    if kind.name not in _dtypes.EIGHT_BIT:
+        raise ValueError(f"dtype must be one of {', '.join(_dtypes.EIGHT_BIT)}, got {kind.name}")
     k_scale = _head_scales(as_array(key, "key"), "key", kind)
     if value is None:
         return k_scale, None
@@ -148,7 +148,7 @@ cdef object _head_scales(cnp.ndarray a, str name, object kind):
     top = np.maximum(np.max(a, axis=(0, 2)), -np.min(a, axis=(0, 2))).astype(np.float32)
     if not np.isfinite(top).all():
         raise ValueError(f"{name} must be finite, head {int(np.argmin(np.isfinite(top)))} is not")
-    scale = np.maximum(top / largest_element(kind), np.finfo(np.float32).tiny)
+    scale = np.maximum(top / _dtypes.largest_element(kind), np.finfo(np.float32).tiny)
     return np.where(top == 0, np.float32(1), scale)
 
 
@@ -185,7 +185,7 @@ cdef class _Pools:
             self.arrays.append(a)
         self.block_bytes = _cpu.block_bytes(self.data, self.num)
 
-    cdef int apart(self, cnp.ndarray other, str other_name) except -1:
+    cdef int keep_apart(self, cnp.ndarray other, str other_name) except -1:
         for i, a in enumerate(self.arrays):
             apart(a, f"caches[{i}]", other, other_name)
         return 0
@@ -227,7 +227,7 @@ def copy_blocks(caches, copies, *, stream=None):
         raise ValueError("copies must be C-contiguous, aligned and in native byte order")
     host_only(stream)
     cdef _Pools pools = _Pools(caches, True)
-    pools.apart(pairs, "copies")
+    pools.keep_apart(pairs, "copies")
     n = cnp.PyArray_DIM(pairs, 0)
     if n == 0 or pools.num == 0:
         return
@@ -290,7 +290,7 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     rows = as_array(out, "out")
     _rows(rows, "out", n, pools.block_bytes)
     writable(rows, "out")
-    pools.apart(rows, "out")
+    pools.keep_apart(rows, "out")
     apart(rows, "out", ids, "block_ids")
     _cpu.check_blocks(data, n, pools.num_blocks, False)
     if n and pools.block_bytes:
@@ -343,8 +343,8 @@ def scatter_blocks(caches, block_ids, data, *, stream=None):
     host_only(stream)
     cdef _Pools pools = _Pools(caches, True)
     _rows(rows, "data", n, pools.block_bytes)
-    pools.apart(rows, "data")
-    pools.apart(ids, "block_ids")
+    pools.keep_apart(rows, "data")
+    pools.keep_apart(ids, "block_ids")
     _cpu.check_blocks(indices, n, pools.num_blocks, True)
     if n and pools.block_bytes:
         _cpu.scatter_blocks(pools.data, pools.num, indices, n, <char *>cnp.PyArray_DATA(rows),

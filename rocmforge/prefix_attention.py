@@ -1,0 +1,98 @@
+"""Attention of a batch whose sequences begin with the same blocks, which are read once for all.
+
+Known as cascade attention: the queries of all sequences attend to the common prefix as if they were
+one sequence, each sequence attends to the rest of its own, and `merge_states` makes one result of
+both. https://flashinfer.ai/2024/02/02/cascade-inference.html
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rocmforge import ops
+from rocmforge.batch import Batch
+
+__all__ = ["attend_with_prefix", "is_worthwhile"]
+
+Array = npt.NDArray[Any]
+
+# Measured on the CPU by benchmarks/prefix_attention.py: below these the two passes and the merge
+# cost more than reading the prefix again and again.
+MIN_SEQUENCES = 4
+MIN_TOKENS = 256
+
+
+def is_worthwhile(
+    prefix_len: int, batch: Batch, window_size: tuple[int, int], alibi_slopes: Array | None
+) -> bool:
+    """Whether reading a prefix once is possible and faster."""
+    return (
+        prefix_len >= MIN_TOKENS
+        and len(batch) >= MIN_SEQUENCES
+        # the prefix's queries are one sequence, in which positions mean nothing
+        and window_size == (-1, -1)
+        and alibi_slopes is None
+        and prefix_len >= batch.num_tokens
+    )
+
+
+def attend_with_prefix(
+    num_common_blocks: int,
+    query: Array,
+    k_cache: Array,
+    v_cache: Array,
+    block_table: Array,
+    seq_lens: Array,
+    cu_seqlens_q: Array,
+    *,
+    rows: Array,
+    softcap: float,
+    sinks: Array | None,
+    mask: Array | None,
+    max_seqlen_q: int,
+    max_seq_len: int,
+    out: Array | None,
+    return_lse: bool,
+    **options: Any,
+) -> Any:
+    """`paged_attention` of sequences that share their first blocks, none of which has a new token.
+
+    Positions must not matter: no window, no ALiBi. `scale` and the rest are as there.
+    """
+    block_size = k_cache.shape[2 if options["layout"] == "HND" else 1]
+    prefix_len = num_common_blocks * block_size
+    # The sinks go into one of the parts, and the mask is over new tokens, which the second one has.
+    result, lse = ops.paged_attention(
+        query,
+        k_cache,
+        v_cache,
+        block_table[:, num_common_blocks:],
+        seq_lens - np.int32(prefix_len),
+        cu_seqlens_q,
+        rows=rows,
+        softcap=softcap,
+        sinks=sinks,
+        mask=mask,
+        max_seqlen_q=max_seqlen_q,
+        max_seq_len=max_seq_len - prefix_len,
+        out=out,
+        return_lse=True,
+        **options,
+    )
+    shared, shared_lse = ops.paged_attention(
+        query,
+        k_cache,
+        v_cache,
+        block_table[rows[0] : rows[0] + 1, :num_common_blocks],
+        np.array([prefix_len], np.int32),
+        np.array([0, len(query)], np.int32),
+        softcap=softcap,
+        causal=False,
+        return_lse=True,
+        **options,
+    )
+    ops.merge_states(result, lse, shared, shared_lse, out=result, lse=lse)
+    return (result, lse) if return_lse else result
