@@ -25,7 +25,7 @@ typedef struct rf_products {
                        int64_t rows, void *work);
     void (*values_many)(float *acc, int64_t lda, const float *alpha, float *p, int64_t ld,
                         const rf_phase *x, int64_t rows, void *work);
-    void (*pack)(vf a, vf b, float *out); /* for softmax_many */
+    int pairs; /* values_many reads probabilities as pairs of bfloat16 */
     /* f times a row of sums, as the output's type. */
     void (*finish)(const float *acc, int dim, float f, void *out);
 } rf_products;
@@ -61,7 +61,7 @@ RF_QUERY(bf16n, uint16_t) /* over caches whose elements keep their order */
 #endif
 
 #define RF_FLOAT(q, kv)                                                                            \
-    {4, 2 * RF_W, query_##q, qk_few_##kv, qk_many_##kv, pv_few_##kv, pv_many_##kv, NULL, finish_##q}
+    {4, 2 * RF_W, query_##q, qk_few_##kv, qk_many_##kv, pv_few_##kv, pv_many_##kv, 0, finish_##q}
 #if RF_HAVE_DOT
 #define RF_DOT(kv)                                                                                 \
     {2,                                                                                            \
@@ -71,7 +71,7 @@ RF_QUERY(bf16n, uint16_t) /* over caches whose elements keep their order */
      qk_many_dot_##kv,                                                                             \
      pv_few_dot_##kv,                                                                              \
      pv_many_dot_##kv,                                                                             \
-     pack_pair,                                                                                    \
+     1,                                                                                            \
      finish_dot_##kv}
 #else
 #define RF_DOT(kv) RF_FLOAT(bf16n, kv)
@@ -301,9 +301,13 @@ static void softmax_heads(rf_work *w, const rf_tile *t, rf_state st, int h, int 
     for (; h < end; h++) {
         const float *scale =
             token_scales(p, &p->v_scale, t->v_scale, t->n, w->task->head + h, w->v_scale);
-        if (s->many && w->f->pack)
-            softmax_many(x, s->head_rows, t->n, max, sum, alpha, scale, w->f->pack);
-        else if (s->many) softmax_many(x, s->head_rows, t->n, max, sum, alpha, scale, NULL);
+#if RF_HAVE_DOT
+        if (s->many && w->f->pairs)
+            softmax_many(x, s->head_rows, t->n, max, sum, alpha, scale, pack_pair);
+        else
+#endif
+            if (s->many)
+            softmax_many(x, s->head_rows, t->n, max, sum, alpha, scale, NULL);
         else if (scale) scale_few(scores_at(w, h), t->n, s->rows, scale);
     }
 }
