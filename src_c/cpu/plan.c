@@ -47,9 +47,9 @@ static void add_tasks(rf_plan *pl, const rf_attention_params *p, int64_t i, cons
         if (pieces > 1) {
             if (pl->merges)
                 pl->merges[pl->num_merges] = (rf_merge){
-                    pl->state_floats,    (int32_t)i,     (int32_t)head,
-                    (int32_t)h,          (int32_t)q0,    (int32_t)n,
-                    (int32_t)first_part, (int32_t)parts, (int32_t)pieces,
+                    pl->state_floats, (int32_t)i,   (int32_t)head,       (int32_t)h,
+                    (int32_t)q0,      (int32_t)n,   (int32_t)first_part, (int32_t)parts,
+                    (int32_t)pieces,  .pending = 0, /* set by each call */
                 };
             pl->state_floats += parts * rf_state_floats(rf_head_rows(rows) * h, p->v_head_dim);
         }
