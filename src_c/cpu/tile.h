@@ -133,7 +133,6 @@ RF_INLINE void prefetch_step(const rf_ahead *a, int i, int step, int row_bytes) 
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         const char *p = a->row[from / bytes + (unsigned)r] + from % bytes;
-#pragma GCC unroll 16
         for (int at = 0; at < step / rows; at += 64) __builtin_prefetch(p + at, 0, 2);
     }
 }
