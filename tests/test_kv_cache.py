@@ -222,7 +222,7 @@ def test_scales_by_head(dtype):
     }  # fmt: skip
     model = Model(cache, BFLOAT16)
     model.add(1)
-    with pytest.raises(ValueError, match=f"k_scale must be given for a {dtype.name} cache"):
+    with pytest.raises(ValueError, match=f"k_scale must be given for a cache of {dtype.name}"):
         model.step({1: 3})
     cache.free(1)
     model.add(1)

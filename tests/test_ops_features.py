@@ -36,22 +36,6 @@ from rocmforge.ops import (
 ISAS = _cpu.available_isas()
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _cpu.isa()
-    _cpu._set_isa(request.param)
-    yield request.param
-    _cpu._set_isa(before)
-
-
-@pytest.fixture
-def threads():
-    """Set the number of threads for one test."""
-    before = get_num_threads()
-    yield set_num_threads
-    set_num_threads(before)
-
-
 def check(problem, **kwargs):
     want, want_lse, bound = problem.expected(**kwargs)
     got, lse = problem.call(paged_attention, return_lse=True, **kwargs)

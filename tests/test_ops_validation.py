@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501 - tables of cases, one a line
 
+import copy
 import ctypes
 import os
 import re
@@ -12,14 +13,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ops_cases import BFLOAT16, DTYPES, FLOAT32, assert_close, bits, make
+from ops_cases import BFLOAT16, DTYPES, EIGHT_BIT, FLOAT8, FLOAT32, INT8, assert_close, bits, make
 from rocmforge import reference
-from rocmforge.dtypes import NAMES, resolve
+from rocmforge.dtypes import NAMES, largest_element, resolve
 from rocmforge.ops import (
     _cpu,
+    calibrate,
     copy_blocks,
+    gather_blocks,
     get_num_threads,
+    merge_states,
     paged_attention,
+    scatter_blocks,
     set_num_threads,
     write_kv,
 )
@@ -41,11 +46,31 @@ def attention_arguments(dtype=np.float32):
         "rows": None,
         "scale": None,
         "causal": True,
+        "window_size": (-1, -1),
+        "softcap": 0.0,
+        "alibi_slopes": None,
+        "sinks": None,
+        "mask": None,
+        "k_scale": None,
+        "v_scale": None,
         "max_seqlen_q": None,
         "max_seq_len": None,
+        "num_splits": None,
+        "deterministic": True,
         "layout": "HND",
         "out": np.full((3, 4, 64), 7, dtype),
+        "return_lse": False,
+        "workspace": None,
+        "stream": None,
     }
+
+
+def eight_bit(dtype, **change):
+    """Changes that make the caches 8-bit ones."""
+    caches = {
+        name: np.ones((5, 2, 16, 64), np.int8).astype(dtype) for name in ("k_cache", "v_cache")
+    }
+    return caches | {"k_scale": 1.0, "v_scale": 1.0} | change
 
 
 def ones(*shape, dtype=np.float32):
@@ -149,6 +174,65 @@ ATTENTION = [
     ({"max_seqlen_q": 1}, ValueError, "max_seqlen_q must bound every sequence: it is 1, sequence 0 has 2 query tokens"),
     ({"max_seq_len": "all"}, TypeError, "max_seq_len must be an integer or None, got str"),
     ({"max_seq_len": 31}, ValueError, "max_seq_len must bound every sequence: it is 31, seq_lens has 32 at index 1"),
+    # types and scales
+    ({"query": ones(3, 4, 64).astype(FLOAT8)}, ValueError, "query must be float32, float16 or bfloat16, got float8_e4m3fn"),
+    ({"query": ones(3, 4, 64, dtype=np.int8)} | eight_bit(INT8), ValueError, "query must be float32, float16 or bfloat16, got int8"),
+    ({"k_cache": ones(5, 2, 16, 64, dtype=np.uint8)}, ValueError, "k_cache must have the dtype of query, float32, or be float8_e4m3fn, float8_e4m3fnuz or int8, got uint8"),
+    (eight_bit(INT8, v_cache=ones(5, 2, 16, 64)), ValueError, "v_cache must have the dtype of k_cache, int8, got float32"),
+    (eight_bit(INT8, v_cache=ones(5, 2, 16, 64).astype(FLOAT8)), ValueError, "v_cache must have the dtype of k_cache, int8, got float8_e4m3fn"),
+    ({"k_scale": 1.0}, ValueError, "k_scale must be None for a cache of float32: only 8-bit elements have scales"),
+    ({"v_scale": ones(2)}, ValueError, "v_scale must be None for a cache of float32"),
+    (eight_bit(INT8, k_scale=None), ValueError, r"k_scale must be given for a cache of int8: a float, float32 \[num_kv_heads\], or a float32 pool \[num_blocks, num_kv_heads, block_size\]"),
+    (eight_bit(FLOAT8, v_scale=None), ValueError, "v_scale must be given for a cache of float8_e4m3fn"),
+    (eight_bit(INT8, k_scale="1"), TypeError, "k_scale must be a float, float32 .* got str"),
+    (eight_bit(INT8, k_scale=[1.0, 1.0]), TypeError, "k_scale must be a float, float32 .* got list"),
+    (eight_bit(INT8, k_scale=0.0), ValueError, "k_scale must be positive and finite in float32, got 0.0"),
+    (eight_bit(INT8, k_scale=-1), ValueError, "k_scale must be positive and finite in float32, got -1"),
+    (eight_bit(INT8, v_scale=np.nan), ValueError, "v_scale must be positive and finite in float32, got nan"),
+    (eight_bit(INT8, v_scale=1e39), ValueError, "v_scale must be positive and finite in float32"),
+    (eight_bit(INT8, v_scale=1e-40), ValueError, "v_scale must be positive and finite in float32, got 1e-40"),
+    (eight_bit(INT8, v_scale=10**400), ValueError, "v_scale must be finite, got a number beyond every float"),
+    (eight_bit(INT8, k_scale=ones(2, dtype=np.float64)), ValueError, "k_scale must be float32, got float64"),
+    (eight_bit(INT8, k_scale=ones(3)), ValueError, r"k_scale must have shape \[2\] or \[5, 2, 16\] as k_cache has, got \[3\]"),
+    (eight_bit(INT8, v_scale=ones(5, 16, 2)), ValueError, r"v_scale must have shape \[2\] or \[5, 2, 16\] as k_cache has, got \[5, 16, 2\]"),
+    (eight_bit(INT8, k_scale=unaligned((2,), np.float32)), ValueError, "k_scale must be aligned"),
+    (eight_bit(INT8, k_scale=np.array([1, 0], np.float32)), ValueError, "k_scale must be positive, finite and not subnormal: it is not at index 1"),
+    (eight_bit(INT8, v_scale=np.array([np.inf, 1], np.float32)), ValueError, "v_scale must be positive, .* not at index 0"),
+    # what happens to logits
+    ({"window_size": 5}, TypeError, "window_size must be two integers, got 5"),
+    ({"window_size": None}, TypeError, "window_size must be two integers, got None"),
+    ({"window_size": (5,)}, TypeError, r"window_size must be two integers, got \(5,\)"),
+    ({"window_size": (5, 0.5)}, TypeError, r"window_size must be two integers, got \(5, 0.5\)"),
+    ({"window_size": (-2, 0)}, ValueError, r"window_size must be two numbers of tokens, or -1 for no bound, got \(-2, 0\)"),
+    ({"window_size": [0, -(2**70)]}, ValueError, "window_size must be two numbers of tokens"),
+    ({"softcap": None}, TypeError, "softcap must be a float, got NoneType"),
+    ({"softcap": "3"}, TypeError, "softcap must be a float, got str"),
+    ({"softcap": -1.0}, ValueError, "softcap must be finite and not negative, got -1.0"),
+    ({"softcap": np.inf}, ValueError, "softcap must be finite and not negative, got inf"),
+    ({"scale": "1"}, TypeError, "scale must be a float or None, got str"),
+    ({"alibi_slopes": [0.5] * 4}, TypeError, "alibi_slopes must be a NumPy array"),
+    ({"alibi_slopes": ones(4, dtype=np.float64)}, ValueError, "alibi_slopes must be float32, got float64"),
+    ({"alibi_slopes": ones(2)}, ValueError, r"alibi_slopes must have shape \[num_heads\] with 4 entries, got \[2\]"),
+    ({"alibi_slopes": ones(1, 4)}, ValueError, r"alibi_slopes must have shape \[num_heads\], got \[1, 4\]"),
+    ({"alibi_slopes": ones(8)[::2]}, ValueError, "alibi_slopes must be contiguous"),
+    ({"sinks": 0.0}, TypeError, "sinks must be a NumPy array"),
+    ({"sinks": ones(4, dtype=np.float16)}, ValueError, "sinks must be float32, got float16"),
+    ({"sinks": ones(5)}, ValueError, r"sinks must have shape \[num_heads\] with 4 entries, got \[5\]"),
+    ({"mask": [[1]]}, TypeError, "mask must be a NumPy array"),
+    ({"mask": ones(3, 2)}, ValueError, "mask must be uint8 or bool, got float32"),
+    ({"mask": ones(3, dtype=np.uint8)}, ValueError, r"mask must have shape \[3, max_seqlen_q\], one row a token of query, got \[3\]"),
+    ({"mask": ones(2, 2, dtype=np.uint8)}, ValueError, r"mask must have shape \[3, max_seqlen_q\], .* got \[2, 2\]"),
+    ({"mask": ones(3, 1, dtype=np.uint8)}, ValueError, "mask must have a column for each query token of a sequence: it has 1, sequence 0 has 2 query tokens"),
+    ({"mask": ones(3, 4, dtype=np.uint8)[:, ::2]}, ValueError, "mask must be contiguous in its last dimension"),
+    # what is for other devices
+    ({"num_splits": 0}, ValueError, "num_splits must be at least 1, got 0"),
+    ({"num_splits": 1.0}, TypeError, "num_splits must be an integer or None, got float"),
+    ({"deterministic": 1}, TypeError, "deterministic must be a bool, got int"),
+    ({"return_lse": None}, TypeError, "return_lse must be a bool, got NoneType"),
+    ({"workspace": 1 << 20}, TypeError, "workspace must be a NumPy array"),
+    ({"workspace": ones(64)}, ValueError, r"workspace must be uint8 \[num_bytes\], got float32 \[64\]"),
+    ({"workspace": read_only(ones(64, dtype=np.uint8))}, ValueError, "workspace must be writable"),
+    ({"stream": 0}, ValueError, "stream must be None for arrays in host memory, got int"),
     # out
     ({"out": [0.0]}, TypeError, "out must be a NumPy array"),
     ({"out": ones(3, 4, 64, dtype=np.float16)}, ValueError, "out must have the dtype of query, float32, got float16"),
@@ -161,6 +245,11 @@ ATTENTION = [
     ({"k_cache": SHARED[:160].reshape(20, 2, 16, 64), "v_cache": SHARED[160:320].reshape(20, 2, 16, 64), "out": SHARED[3:6]}, ValueError, "out must not overlap k_cache in memory"),
     ({"k_cache": SHARED[:160].reshape(20, 2, 16, 64), "v_cache": SHARED[160:320].reshape(20, 2, 16, 64), "out": SHARED[300:303]}, ValueError, "out must not overlap v_cache in memory"),
     ({"seq_lens": SHARED[0, 0, :2].view(np.int32), "out": SHARED[:3]}, ValueError, "out must not overlap seq_lens"),
+    ({"alibi_slopes": SHARED[0, 0, :4], "out": SHARED[:3]}, ValueError, "out must not overlap alibi_slopes"),
+    ({"sinks": SHARED[0, 0, :4], "out": SHARED[:3]}, ValueError, "out must not overlap sinks"),
+    ({"mask": SHARED[0, 0, :3].view(np.uint8).reshape(3, 4), "out": SHARED[:3]}, ValueError, "out must not overlap mask"),
+    (eight_bit(INT8, k_scale=SHARED[0, 0, 2:4], out=SHARED[:3]), ValueError, "out must not overlap k_scale"),
+    (eight_bit(INT8, v_scale=SHARED[0, 0, 2:4], out=SHARED[:3]), ValueError, "out must not overlap v_scale"),
 ]  # fmt: skip
 
 
@@ -180,7 +269,14 @@ def test_attention_accepts_what_the_rejections_start_from():
     assert paged_attention(**arguments) is arguments["out"]
     np.testing.assert_allclose(arguments["out"], 1, rtol=1e-6)
     bounds = {"max_seqlen_q": np.int64(2), "max_seq_len": 32, "causal": np.True_}
-    paged_attention(**arguments | bounds)
+    others = {"num_splits": 3, "deterministic": False, "workspace": ones(64, dtype=np.uint8)}
+    mask = ones(3, 4, dtype=bool)[:, :2]
+    paged_attention(**arguments | bounds | others)
+    paged_attention(**arguments | {"mask": mask, "window_size": [np.int32(3), 2**80]})
+    paged_attention(**arguments | eight_bit(INT8, k_scale=np.float64(1), v_scale=np.array(2)))
+    out, lse = paged_attention(**arguments | {"return_lse": True})
+    assert out is arguments["out"]
+    assert lse.shape == (3, 4)
 
 
 @pytest.mark.parametrize("change", [{"seq_lens": i32(33, 32)}, {"rows": i32(0, 9)}])
@@ -221,6 +317,16 @@ WRITE = [
     ({"v_cache": read_only(ones(5, 2, 16, 64))}, ValueError, "v_cache must be writable, got a read-only array"),
     ({"key": ones(3, 2, 128)[..., ::2]}, ValueError, "key must be contiguous in its last dimension"),
     ({"v_cache": ones(5, 2, 16, 128)[..., ::2]}, ValueError, "v_cache must be contiguous in its last dimension"),
+    ({"v_cache": None}, ValueError, "v_cache must be given with value; both are None for a latent cache"),
+    ({"value": None, "v_cache": None, "v_scale": 1.0, "k_cache": ones(5, 2, 16, 64, dtype=np.int8), "k_scale": 1.0}, ValueError, "v_scale must be None when v_cache is"),
+    (eight_bit(INT8, v_scale=None), ValueError, "v_scale must be given for a cache of int8"),
+    (eight_bit(INT8, k_scale=-1.0), ValueError, "k_scale must be positive and finite"),
+    (eight_bit(INT8, k_scale=np.array([1, 1e-39], np.float32)), ValueError, "k_scale must be positive, finite and not subnormal: it is not at index 1"),
+    (eight_bit(INT8, v_scale=np.array([np.nan, 1], np.float32)), ValueError, "v_scale must be positive, .* not at index 0"),
+    (eight_bit(INT8, v_scale=read_only(ones(5, 2, 16))), ValueError, "v_scale must be writable, got a read-only array"),
+    (eight_bit(INT8, k_scale=np.broadcast_to(np.float32(1), (5, 2, 16))), ValueError, "k_scale must be writable, got a read-only array"),
+    ({"k_scale": 1.0}, ValueError, "k_scale must be None for a cache of float32"),
+    ({"stream": 3}, ValueError, "stream must be None for arrays in host memory"),
     ({"slot_mapping": [0, -1, 79]}, TypeError, "slot_mapping must be a NumPy array .* got list"),
     ({"slot_mapping": i32(0, -1, 79)}, ValueError, "slot_mapping must be int64, got int32"),
     ({"slot_mapping": np.array([0, 1])}, ValueError, r"slot_mapping must have shape \[3\], one slot a token of key, got \[2\]"),
@@ -236,7 +342,7 @@ WRITE = [
 @pytest.mark.parametrize(("change", "error", "message"), WRITE)
 def test_write_rejects(change, error, message):
     arguments = write_arguments() | change
-    caches = [arguments["k_cache"], arguments["v_cache"]]
+    caches = [c for c in (arguments["k_cache"], arguments["v_cache"]) if c is not None]
     before = [cache.copy() for cache in caches]
     with pytest.raises(error, match=message):
         write_kv(**arguments)
@@ -251,6 +357,21 @@ def test_write_rejects_overlap(name, cache):
     arguments[name] = arguments[cache][1].reshape(16, 2, 64)[:3]
     with pytest.raises(ValueError, match=f"{cache} must not overlap {name} in memory"):
         write_kv(**arguments)
+
+
+def test_write_rejects_overlap_of_what_it_writes():
+    arguments = write_arguments()
+    with pytest.raises(ValueError, match="v_cache must not overlap k_cache in memory"):
+        write_kv(**arguments | {"v_cache": arguments["k_cache"]})
+    pool = ones(5, 2, 16)
+    scales = {"k_scale": pool, "v_scale": pool}
+    with pytest.raises(ValueError, match="v_scale must not overlap k_scale in memory"):
+        write_kv(**arguments | eight_bit(INT8) | scales)
+    key = pool.reshape(-1)[:128].reshape(1, 2, 64)
+    some = {"key": key, "value": ones(1, 2, 64), "slot_mapping": np.array([3])}
+    with pytest.raises(ValueError, match="k_scale must not overlap key in memory"):
+        write_kv(**arguments | eight_bit(INT8, k_scale=pool, v_scale=ones(5, 2, 16)) | some)
+    np.testing.assert_array_equal(pool, 1)
 
 
 COPY = [
@@ -289,6 +410,143 @@ def test_many_copies_with_one_repeated():
     copies[99, 1] = 5
     with pytest.raises(ValueError, match="block 5, a destination at index 2"):
         copy_blocks(cache, copies)
+
+
+def merge_arguments():
+    return {
+        "out_a": ones(3, 4, 64),
+        "lse_a": ones(3, 4),
+        "out_b": ones(3, 4, 64),
+        "lse_b": ones(3, 4),
+        "out": np.full((3, 4, 64), 7, np.float32),
+        "lse": np.full((3, 4), 7, np.float32),
+        "stream": None,
+    }
+
+
+BUFFER = ones(6, 4, 64)
+
+MERGE = [
+    ({"out_a": [1.0]}, TypeError, "out_a must be a NumPy array"),
+    ({"lse_b": None}, TypeError, "lse_b must be a NumPy array .* got NoneType"),
+    ({"out_a": ones(3, 4)}, ValueError, r"out_a must have shape \[num_tokens, num_heads, v_head_dim\], got \[3, 4\]"),
+    ({"out_a": ones(3, 4, 64, dtype=np.int8)}, ValueError, "out_a must be float32, float16 or bfloat16, got int8"),
+    ({"out_a": ones(3, 4, 60)}, ValueError, "out_a must have a head_dim"),
+    ({"out_a": ones(3, 4, 128)[..., ::2]}, ValueError, "out_a must be contiguous in its last dimension"),
+    ({"out_b": ones(3, 4, 32)}, ValueError, r"out_b must have shape \[3, 4, 64\] as out_a has, got \[3, 4, 32\]"),
+    ({"out_b": ones(3, 4, 64, dtype=np.float16)}, ValueError, "out_b must have the dtype of out_a, float32, got float16"),
+    ({"lse_a": ones(4, 3)}, ValueError, r"lse_a must have shape \[3, 4\] as out_a has, got \[4, 3\]"),
+    ({"lse_a": ones(4, 3).T}, ValueError, "lse_a must be C-contiguous"),
+    ({"lse_b": ones(3, 4, dtype=np.float64)}, ValueError, "lse_b must be float32, got float64"),
+    ({"out": ones(3, 4, 64, dtype=BFLOAT16)}, ValueError, "out must have the dtype of out_a, float32, got bfloat16"),
+    ({"out": ones(3, 8, 64)}, ValueError, r"out must have shape \[3, 4, 64\] as out_a has"),
+    ({"out": read_only(ones(3, 4, 64))}, ValueError, "out must be writable"),
+    ({"lse": read_only(ones(3, 4))}, ValueError, "lse must be writable"),
+    ({"lse": ones(3, 5)}, ValueError, r"lse must have shape \[3, 4\] as out_a has, got \[3, 5\]"),
+    ({"out_a": BUFFER[:3], "out": BUFFER[1:4]}, ValueError, "out must not overlap out_a in memory"),
+    ({"out_b": BUFFER[:3], "out": BUFFER[1:4]}, ValueError, "out must not overlap out_b in memory"),
+    ({"lse_a": BUFFER[0, 0, :12].reshape(3, 4), "out": BUFFER[:3]}, ValueError, "out must not overlap lse_a in memory"),
+    ({"lse_b": BUFFER[0, 0, :12].reshape(3, 4), "lse": BUFFER[0, 0, 4:16].reshape(3, 4)}, ValueError, "lse must not overlap lse_b in memory"),
+    ({"out_b": BUFFER[:3], "lse": BUFFER[0, 0, 4:16].reshape(3, 4)}, ValueError, "lse must not overlap out_b in memory"),
+    ({"out": BUFFER[:3], "lse": BUFFER[0, 0, 4:16].reshape(3, 4)}, ValueError, "lse must not overlap out in memory"),
+    ({"stream": 1}, ValueError, "stream must be None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), MERGE)
+def test_merge_rejects(change, error, message):
+    arguments = merge_arguments() | change
+    before = {name: arguments[name].copy() for name in ("out", "lse")}
+    with pytest.raises(error, match=message):
+        merge_states(**arguments)
+    for name, expected in before.items():
+        np.testing.assert_array_equal(arguments[name], expected)
+
+
+def test_merge_accepts_what_the_rejections_start_from():
+    arguments = merge_arguments()
+    out, lse = merge_states(**arguments)
+    assert out is arguments["out"]
+    assert lse is arguments["lse"]
+    np.testing.assert_array_equal(out, 1)
+
+
+MOVE = [
+    ({"caches": [[1]]}, TypeError, r"caches\[0\] must be a NumPy array"),
+    ({"caches": [ones(5, 2), ones(4, 2)]}, ValueError, r"caches\[1\] must have the 5 blocks of caches\[0\]"),
+    ({"caches": [np.zeros(())]}, ValueError, r"caches\[0\] must have shape \[num_blocks, \.\.\.\]"),
+    ({"block_ids": [0, 1]}, TypeError, "block_ids must be a NumPy array"),
+    ({"block_ids": np.array([0, 1])}, ValueError, "block_ids must be int32, got int64"),
+    ({"block_ids": i32(0, 1).reshape(1, 2)}, ValueError, r"block_ids must have shape \[n\], got \[1, 2\]"),
+    ({"block_ids": i32(0, 0, 1, 1)[::2]}, ValueError, "block_ids must be contiguous"),
+    ({"block_ids": i32(0, 5)}, ValueError, "block_ids must name blocks 0 to 4, got 5 at index 1"),
+    ({"block_ids": i32(-1, 0)}, ValueError, "block_ids must name blocks 0 to 4, got -1 at index 0"),
+    ({"data": ones(2, 8)}, ValueError, "{data} must be uint8, got float32"),
+    ({"data": ones(2, 9, dtype=np.uint8)}, ValueError, r"{data} must have shape \[2, 8\], the bytes of a block in all caches for each block id, got \[2, 9\]"),
+    ({"data": ones(16, dtype=np.uint8)}, ValueError, r"{data} must have shape \[2, 8\]"),
+    ({"data": ones(2, 16, dtype=np.uint8)[:, ::2]}, ValueError, "{data} must be contiguous in its last dimension"),
+    ({"data": [[0] * 8] * 2}, TypeError, "{data} must be a NumPy array"),
+    ({"stream": 1}, ValueError, "stream must be None"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "error", "message"), MOVE)
+@pytest.mark.parametrize("function", [gather_blocks, scatter_blocks])
+def test_moves_reject(function, change, error, message):
+    name = "out" if function is gather_blocks else "data"
+    arguments = {
+        "caches": [ones(5, 2)],
+        "block_ids": i32(0, 4),
+        "data": ones(2, 8, dtype=np.uint8),
+    } | change
+    before = copy.deepcopy(arguments)
+    positional = arguments["caches"], arguments["block_ids"], arguments["data"]
+    stream = {"stream": arguments["stream"]} if "stream" in arguments else {}
+    with pytest.raises(error, match=message.replace("{data}", name)):
+        function(*positional, **stream)
+    for name, value in before.items():
+        for got, expected in zip(arguments[name], value, strict=True) if name != "stream" else ():
+            np.testing.assert_array_equal(got, expected)
+
+
+def test_moves_reject_overlap_and_what_is_read_only():
+    cache, ids = ones(5, 2), i32(0, 4)
+    inside = cache.view(np.uint8)[1:3]
+    with pytest.raises(ValueError, match=r"caches\[0\] must not overlap out in memory"):
+        gather_blocks(cache, ids, inside)
+    with pytest.raises(ValueError, match=r"caches\[0\] must not overlap data in memory"):
+        scatter_blocks(cache, ids, inside)
+    with pytest.raises(ValueError, match="out must be writable"):
+        gather_blocks(cache, ids, read_only(np.zeros((2, 8), np.uint8)))
+    with pytest.raises(ValueError, match=r"caches\[0\] must be writable"):
+        scatter_blocks(read_only(ones(5, 2)), ids, np.zeros((2, 8), np.uint8))
+    with pytest.raises(ValueError, match=r"block_ids must not repeat .* got 3 again at index 2"):
+        scatter_blocks(cache, i32(3, 0, 3), np.zeros((3, 8), np.uint8))
+    many = np.arange(200, dtype=np.int32)
+    many[150] = 7
+    with pytest.raises(ValueError, match="got 7 again at index 150"):
+        scatter_blocks(ones(200), many, np.zeros((200, 4), np.uint8))
+    np.testing.assert_array_equal(cache, 1)
+    assert gather_blocks(read_only(ones(5, 2)), ids).shape == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"dtype": "float16"}, ValueError, "dtype must be one of float8_e4m3fn, float8_e4m3fnuz, int8, got float16"),
+        ({"dtype": "int4"}, ValueError, "dtype must be one of .* got"),
+        ({"key": ones(4, 2)}, ValueError, r"key must have shape \[num_tokens, num_kv_heads, head_dim\] with at least one token, got \[4, 2\]"),
+        ({"value": ones(0, 2, 8)}, ValueError, r"value must have shape .* with at least one token, got \[0, 2, 8\]"),
+        ({"key": ones(4, 2, 8, dtype=np.int8)}, ValueError, "key must be float32, float16 or bfloat16, got int8"),
+        ({"key": ones(4, 2, 8) * np.array([[1], [np.inf]], np.float32)}, ValueError, "key must be finite, head 1 is not"),
+        ({"value": ones(4, 2, 8) * np.float32(np.nan)}, ValueError, "value must be finite, head 0 is not"),
+        ({"key": None}, TypeError, "key must be a NumPy array"),
+    ],
+)  # fmt: skip
+def test_calibrate_rejects(change, error, message):
+    arguments = {"key": ones(4, 2, 8), "value": ones(4, 2, 8), "dtype": "int8"} | change
+    with pytest.raises(error, match=message):
+        calibrate(**arguments)
 
 
 # ---------------------------------------------------------------- arrays of other libraries
@@ -336,7 +594,8 @@ class Foreign:
         self.device = device
         self.versioned = versioned
         n = array.ndim
-        kind = "V" if array.dtype == BFLOAT16 else array.dtype.kind
+        codes = {"i": 0, "u": 1, "f": 2, "b": 6}
+        names = {"bfloat16": 4, "float8_e4m3fn": 10, "float8_e4m3fnuz": 11}
         self.shape = (ctypes.c_int64 * n)(*array.shape)
         steps = [s // array.itemsize for s in array.strides]
         self.strides = (ctypes.c_int64 * n)(*steps) if strided else None
@@ -345,7 +604,7 @@ class Foreign:
             "data": array.ctypes.data - offset,
             "device_type": device,
             "ndim": n,
-            "code": {"i": 0, "f": 2, "V": 4}[kind],
+            "code": names.get(array.dtype.name) or codes[array.dtype.kind],
             "bits": array.itemsize * 8,
             "lanes": 1,
             "shape": self.shape,
@@ -389,6 +648,31 @@ def test_foreign_arrays(dtype, versioned, strided):
     np.testing.assert_array_equal(bits(problem.k_cache[0, :, 5]), bits(key[0]))
     copy_blocks([Foreign(problem.k_cache)], Foreign(i32(0, 1).reshape(1, 2)))
     np.testing.assert_array_equal(bits(problem.k_cache[0]), bits(problem.k_cache[1]))
+
+
+@pytest.mark.parametrize("kv_dtype", EIGHT_BIT, ids=str)
+def test_foreign_8_bit_caches(kv_dtype):
+    problem = make(FLOAT32, [40, 3], [2, 1], heads=(4, 2), head_dim=24, kv_dtype=kv_dtype)
+    problem = problem.but(
+        mask=np.tri(3, dtype=bool), options={"sinks": ones(4), "alibi_slopes": ones(4)}
+    )
+    names = ("k_cache", "v_cache", "k_scale", "v_scale", "mask")
+    foreign = problem.but(
+        **{name: Foreign(getattr(problem, name)) for name in names},
+        options={name: Foreign(array) for name, array in problem.options.items()},
+    )
+    got = foreign.call(paged_attention)
+    np.testing.assert_array_equal(bits(got), bits(problem.call(paged_attention)))
+    for latent in (False, True):
+        for wrap in (Foreign, lambda x: x):
+            key = ones(1, 2, 24)
+            pools = [wrap(getattr(problem, name)) for name in names[:4]]
+            k, v, k_scale, v_scale = pools
+            if latent:
+                write_kv(key, None, k, None, np.array([5]), k_scale=k_scale)
+            else:
+                write_kv(key, key, k, v, np.array([5]), k_scale=k_scale, v_scale=v_scale)
+            assert problem.k_scale[0, 0, 5] == np.float32(1) / np.float32(largest_element(kv_dtype))
 
 
 def test_foreign_strides():

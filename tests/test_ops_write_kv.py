@@ -24,21 +24,11 @@ from rocmforge.ops import (
     calibrate,
     copy_blocks,
     gather_blocks,
-    get_num_threads,
     scatter_blocks,
-    set_num_threads,
     write_kv,
 )
 
 ISAS = _cpu.available_isas()
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    before = _cpu.isa()
-    _cpu._set_isa(request.param)
-    yield request.param
-    _cpu._set_isa(before)
 
 
 def random(shape, dtype, seed):
@@ -85,15 +75,11 @@ def test_write(dtype, layout, dims, blocks, block_size):
         check(*case, layout)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_large_write(threads):
-    before = get_num_threads()
-    set_num_threads(threads)
-    try:
-        check(*make(BFLOAT16, 3000, kv_heads=8, blocks=200), "HND")
-        check(*make(FLOAT32, 3000, kv_heads=8, blocks=200, layout="NHD"), "NHD")
-    finally:
-        set_num_threads(before)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_large_write(n, threads):
+    threads(n)
+    check(*make(BFLOAT16, 3000, kv_heads=8, blocks=200), "HND")
+    check(*make(FLOAT32, 3000, kv_heads=8, blocks=200, layout="NHD"), "NHD")
 
 
 def test_strided_views():
@@ -227,14 +213,10 @@ def test_latent_write():
     np.testing.assert_array_equal(bits(cache), bits(want))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_large_write_8_bit(threads):
-    before = get_num_threads()
-    set_num_threads(threads)
-    try:
-        check_8_bit(*make_8_bit(BFLOAT16, INT8, 1000, "token", kv_heads=8, blocks=80))
-    finally:
-        set_num_threads(before)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_large_write_8_bit(n, threads):
+    threads(n)
+    check_8_bit(*make_8_bit(BFLOAT16, INT8, 1000, "token", kv_heads=8, blocks=80))
 
 
 @pytest.mark.usefixtures("isa")
@@ -334,15 +316,11 @@ def test_copy_of_views_and_scales():
     )
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_large_copy(threads):
-    before = get_num_threads()
-    set_num_threads(threads)
-    try:
-        layers = [random((400, 2, 16, 64), FLOAT32, i) for i in range(3)]
-        check_copy(layers, np.random.default_rng(0).permutation(400).reshape(200, 2))
-    finally:
-        set_num_threads(before)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_large_copy(n, threads):
+    threads(n)
+    layers = [random((400, 2, 16, 64), FLOAT32, i) for i in range(3)]
+    check_copy(layers, np.random.default_rng(0).permutation(400).reshape(200, 2))
 
 
 # ---------------------------------------------------------------- gather and scatter
@@ -390,15 +368,11 @@ def test_gather_of_views_into_a_buffer():
     assert not buffer[:, -5:].any()
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_large_gather(threads):
-    before = get_num_threads()
-    set_num_threads(threads)
-    try:
-        layers = [random((100, 2, 16, 64), FLOAT32, i) for i in range(3)]
-        check_moves(layers, np.random.default_rng(0).permutation(100)[:70])
-    finally:
-        set_num_threads(before)
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_large_gather(n, threads):
+    threads(n)
+    layers = [random((100, 2, 16, 64), FLOAT32, i) for i in range(3)]
+    check_moves(layers, np.random.default_rng(0).permutation(100)[:70])
 
 
 def test_moves_touch_nothing_past_the_end():

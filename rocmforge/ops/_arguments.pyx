@@ -105,11 +105,11 @@ cdef int _scales(rf_scales *s, object scale, str name, cnp.ndarray k, int dtype,
     s.per_token = 0
     if dtype < RF_NUM_WIDE_DTYPES:
         if scale is not None:
-            raise ValueError(f"{name} must be None for a {k.dtype} cache: only 8-bit elements have "
-                             f"scales")
+            raise ValueError(f"{name} must be None for a cache of {k.dtype}: only 8-bit elements "
+                             f"have scales")
         return 0
     if scale is None:
-        raise ValueError(f"{name} must be given for a {k.dtype} cache: {_SCALE_FORMS}")
+        raise ValueError(f"{name} must be given for a cache of {k.dtype}: {_SCALE_FORMS}")
     if isinstance(scale, float):
         s.value = <float>(<double>scale)
         return 0

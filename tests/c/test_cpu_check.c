@@ -1,4 +1,5 @@
 /* check.c: each fault is found, named, and nothing else is. */
+#include <math.h>
 #include <string.h>
 
 #include "check.h"
@@ -86,6 +87,37 @@ static void attention(void) {
     CHECK(f.index2 == 1);
 }
 
+static void features(void) {
+    rf_attention_params p = good();
+    rf_fault f = {0};
+    const uint8_t mask[8] = {0};
+    p.mask = mask;
+    CHECK(rf_cpu_check_attention(&p, -1, -1, 2, NULL, &f) == RF_OK);
+    CHECK(rf_cpu_check_attention(&p, -1, -1, 1, NULL, &f) == RF_ERR_BAD_ARGUMENT);
+    EXPECT(f, RF_FAULT_MASK, 0, 2, 1);
+    const int32_t lens[2] = {0, 8}; /* who has no tokens in the cache needs no columns */
+    p.seq_lens = lens;
+    CHECK(rf_cpu_check_attention(&p, -1, -1, 1, NULL, &f) == RF_OK);
+
+    p = good();
+    p.num_kv_heads = 3;
+    float scales[3] = {1.0f, 0x1p-126f, 0x1.fffffep127f};
+    p.k_scale.data = p.v_scale.data = scales;
+    p.k_scale.head_stride = p.v_scale.head_stride = 1;
+    CHECK(rf_cpu_check_attention(&p, -1, -1, -1, NULL, &f) == RF_OK);
+    const float bad[] = {0.0f, -1.0f, 0x1p-126f / 2, INFINITY, NAN};
+    for (int i = 0; i < 5; i++) {
+        scales[2] = bad[i];
+        CHECK(rf_cpu_check_attention(&p, -1, -1, -1, NULL, &f) == RF_ERR_BAD_ARGUMENT);
+        EXPECT(f, RF_FAULT_K_SCALE, 2, 0, 0);
+    }
+    p.k_scale.data = NULL;
+    CHECK(rf_cpu_check_attention(&p, -1, -1, -1, NULL, &f) == RF_ERR_BAD_ARGUMENT);
+    EXPECT(f, RF_FAULT_V_SCALE, 2, 0, 0);
+    p.v_scale.per_token = 1; /* what the cache holds is not an argument */
+    CHECK(rf_cpu_check_attention(&p, -1, -1, -1, NULL, &f) == RF_OK);
+}
+
 static void write(void) {
     int64_t slots[3] = {0, -5, 31};
     rf_write_params p = {0};
@@ -100,6 +132,39 @@ static void write(void) {
     EXPECT(f, RF_FAULT_SLOT, 2, 32, 32);
     p.num_tokens = 0;
     CHECK(rf_cpu_check_write(&p, &f) == RF_OK);
+    float scale = -1.0f;
+    p.num_kv_heads = 1;
+    p.k_scale.data = p.v_scale.data = &scale;
+    CHECK(rf_cpu_check_write(&p, &f) == RF_ERR_BAD_ARGUMENT);
+    EXPECT(f, RF_FAULT_K_SCALE, 0, 0, 0);
+    p.k_scale.per_token = 1;
+    CHECK(rf_cpu_check_write(&p, &f) == RF_OK); /* no values: a latent cache */
+    p.v.data = &scale;
+    CHECK(rf_cpu_check_write(&p, &f) == RF_ERR_BAD_ARGUMENT);
+    EXPECT(f, RF_FAULT_V_SCALE, 0, 0, 0);
+}
+
+static void blocks(void) {
+    int32_t ids[200];
+    rf_fault f = {0};
+    for (int i = 0; i < 200; i++) ids[i] = 199 - i;
+    CHECK(rf_cpu_check_blocks(ids, 200, 200, 1, &f) == RF_OK);
+    CHECK(rf_cpu_check_blocks(ids, 0, 0, 1, &f) == RF_OK);
+    CHECK(rf_cpu_check_blocks(ids, 200, 199, 0, &f) == RF_ERR_BAD_ARGUMENT);
+    EXPECT(f, RF_FAULT_BLOCK_ID, 0, 199, 199);
+    ids[3] = -1;
+    CHECK(rf_cpu_check_blocks(ids, 200, 200, 0, &f) == RF_ERR_BAD_ARGUMENT);
+    EXPECT(f, RF_FAULT_BLOCK_ID, 3, -1, 200);
+    ids[3] = 0;
+    CHECK(rf_cpu_check_blocks(ids, 200, 200, 0, &f) == RF_OK); /* two may be read */
+    CHECK(rf_cpu_check_blocks(ids, 200, 200, 1, &f) == RF_ERR_BAD_ARGUMENT);
+    EXPECT(f, RF_FAULT_BLOCK_ID_REPEATED, 199, 0, 0);
+    ids[5] = ids[2];
+    CHECK(rf_cpu_check_blocks(ids, 9, 200, 1, &f) == RF_ERR_BAD_ARGUMENT);
+    EXPECT(f, RF_FAULT_BLOCK_ID_REPEATED, 5, 197, 0);
+    rf_alloc_fail_after(1);
+    CHECK(rf_cpu_check_blocks(ids, 200, 200, 1, &f) == RF_ERR_NO_MEMORY);
+    CHECK(rf_alloc_fail_after(0) == 0);
 }
 
 static void copy(void) {
@@ -125,7 +190,9 @@ static void copy(void) {
 
 int main(void) {
     attention();
+    features();
     write();
     copy();
+    blocks();
     return 0;
 }

@@ -1,4 +1,6 @@
-/* write.c: every byte of the slots and blocks named, and no other. */
+/* write.c: every byte of the slots named, and no other. */
+#include <math.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "check.h"
@@ -22,7 +24,7 @@ static void write(rf_cpu *cpu, int nhd) {
     p.num_kv_heads = KV;
     p.head_dim = p.v_head_dim = DIM;
     p.block_size = BLOCK;
-    p.dtype = RF_F32;
+    p.dtype = p.kv_dtype = RF_F32;
     for (p.num_tokens = 0; p.num_tokens <= TOKENS; p.num_tokens += 100) {
         memset(k, 0, sizeof k);
         memset(v, 0, sizeof v);
@@ -38,23 +40,78 @@ static void write(rf_cpu *cpu, int nhd) {
     }
 }
 
-static void copy(rf_cpu *cpu) {
-    int32_t pairs[BLOCKS];
-    for (int32_t i = 0; i < BLOCKS; i++) pairs[i] = i * 37 % BLOCKS;
-    for (size_t i = 0; i < sizeof k / sizeof *k; i++) k[i] = v[i] = want[i] = (float)i;
-    const int64_t size = sizeof(float), block = KV * BLOCK * DIM;
-    rf_copy_params pools[2] = {
-        {(char *)k, block * size, 0, 0, 1, 1, block * size},
-        /* of v only the first 16 elements of each vector */
-        {(char *)v, block * size, BLOCK * DIM * size, DIM * size, KV, BLOCK, 16 * size},
-    };
-    CHECK(rf_cpu_copy_blocks(cpu, pools, 2, pairs, BLOCKS / 2) == RF_OK);
-    for (int32_t i = 0; i < BLOCKS; i += 2)
-        memcpy(want + pairs[i + 1] * block, want + pairs[i] * block, (size_t)(block * size));
-    CHECK(memcmp(k, want, sizeof k) == 0);
-    for (int64_t i = 0; i < BLOCKS * block; i++) CHECK(v[i] == (i % DIM < 16 ? want[i] : (float)i));
-    CHECK(rf_cpu_copy_blocks(cpu, pools, 2, pairs, 0) == RF_OK);
-    CHECK(rf_cpu_copy_blocks(cpu, pools, 0, pairs, 3) == RF_OK);
+/* A write that is large enough to go past the caches, to a pool whose vectors are whole lines and
+ * to one whose vectors are not. */
+static void stream(rf_cpu *cpu) {
+    enum { N = 5000, D = 16, B = 8 };
+    const size_t bytes = (size_t)N * KV * D * sizeof(float);
+    char *memory = malloc(2 * bytes + 128), *from = malloc(bytes);
+    int64_t *at = malloc(N * sizeof *at);
+    CHECK(memory && from && at);
+    for (size_t i = 0; i < bytes; i++) from[i] = (char)(i * 7 + i / 251);
+    for (int64_t i = 0; i < N; i++) at[i] = (i / B * 7 % (N / B)) * B + i % B;
+    for (size_t shift = 0; shift < 64; shift += 16) {
+        char *to = memory + (64 - ((uintptr_t)memory & 63)) + shift, *second = to + bytes;
+        rf_write_params p = {0};
+        p.key = p.value = (rf_rows){from, KV * D, D};
+        p.k = (rf_paged){to, KV * B * D, B * D, D};
+        p.v = (rf_paged){second, KV * B * D, D, KV * D};
+        p.slot_mapping = at;
+        p.num_tokens = N;
+        p.num_blocks = N / B;
+        p.num_kv_heads = KV;
+        p.head_dim = p.v_head_dim = D;
+        p.block_size = B;
+        p.dtype = p.kv_dtype = RF_F32;
+        memset(to, 0, 2 * bytes);
+        CHECK(rf_cpu_write_kv(cpu, &p) == RF_OK);
+        for (int64_t i = 0; i < N; i++)
+            for (int64_t h = 0; h < KV; h++) {
+                const char *row = from + (i * KV + h) * D * 4;
+                int64_t block = at[i] / B * KV * B, token = at[i] % B;
+                CHECK(memcmp(to + (block + h * B + token) * D * 4, row, D * 4) == 0);
+                CHECK(memcmp(second + (block + token * KV + h) * D * 4, row, D * 4) == 0);
+            }
+    }
+    free(memory);
+    free(from);
+    free(at);
+}
+
+/* 8-bit elements by their definition, with scales of each form. */
+static void quantise(rf_cpu *cpu) {
+    static uint8_t codes[BLOCKS * KV * BLOCK * DIM];
+    static float scales[BLOCKS * KV * BLOCK];
+    const float largest[] = {448.0f, 240.0f, 127.0f};
+    for (int type = RF_E4M3FN; type <= RF_I8; type++) {
+        rf_write_params p = {0};
+        p.key = (rf_rows){key, KV * DIM, DIM};
+        p.k = (rf_paged){codes, KV * BLOCK * DIM, BLOCK * DIM, DIM};
+        p.k_scale = (rf_scales){scales, KV * BLOCK, BLOCK, 1, 0.0f, 1};
+        p.slot_mapping = slots;
+        p.num_tokens = TOKENS;
+        p.num_blocks = BLOCKS;
+        p.num_kv_heads = KV;
+        p.head_dim = DIM;
+        p.block_size = BLOCK;
+        p.dtype = RF_F32;
+        p.kv_dtype = type;
+        memset(codes, 0, sizeof codes);
+        CHECK(rf_cpu_write_kv(cpu, &p) == RF_OK);
+        for (int64_t i = 0; i < TOKENS; i++)
+            for (int64_t h = 0; h < KV && slots[i] >= 0; h++) {
+                /* keys rise by 1 from element to element: the last is the largest */
+                int64_t at = (slots[i] / BLOCK * KV + h) * BLOCK + slots[i] % BLOCK;
+                float last = key[(i * KV + h) * DIM + DIM - 1];
+                CHECK(fabsf(scales[at] * largest[type - RF_E4M3FN] - last) <= 1e-6f * last);
+                CHECK(codes[at * DIM + DIM - 1] == (type == RF_E4M3FN ? 0x7e : 0x7f));
+            }
+        p.k_scale = (rf_scales){NULL, 0, 0, 0, 1.0f, 0}; /* saturates */
+        CHECK(rf_cpu_write_kv(cpu, &p) == RF_OK);
+        CHECK(codes[slots[0] * DIM] == (type == RF_E4M3FN ? 0x38 : type == RF_I8 ? 1 : 0x40));
+        CHECK(codes[((slots[399] / BLOCK * KV) * BLOCK + slots[399] % BLOCK) * DIM] ==
+              (type == RF_E4M3FN ? 0x7e : 0x7f));
+    }
 }
 
 int main(void) {
@@ -65,7 +122,8 @@ int main(void) {
         CHECK(rf_cpu_create(NULL, threads, &cpu) == RF_OK);
         write(cpu, 0);
         write(cpu, 1);
-        copy(cpu);
+        stream(cpu);
+        quantise(cpu);
         rf_cpu_destroy(cpu);
     }
     return 0;
