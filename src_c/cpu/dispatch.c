@@ -1,6 +1,15 @@
+#define _GNU_SOURCE /* syscall */
 #include "cpu.h"
 
 #include <string.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 static int always(void) { return 1; }
 
@@ -18,16 +27,46 @@ static int has_avx512bf16(void) {
     return has_avx512() && __builtin_cpu_supports("avx512bf16") &&
            __builtin_cpu_supports("avx512vbmi");
 }
+
+/* AMX-TILE and AMX-BF16, which not every compiler's builtin knows. */
+static int processor_has_amx(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 1) && (d >> 22 & 1);
+}
+/* The 8 KiB of tile registers are for a process that asks, with all its threads and children. Linux
+ * refuses before 5.16, and where a thread's signal stack has no room for them; sandboxes may. */
+static int kernel_permits_amx(void) {
+#if defined(__linux__)
+    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
+    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+    return 0;
+#endif
+}
+static int has_amx(void) { return has_avx512bf16() && processor_has_amx() && kernel_permits_amx(); }
+
+#if defined(RF_EMULATE_AMX)
+int rf_emulate_amx(void);
+static int has_or_emulates_amx(void) {
+    return processor_has_amx() ? has_amx() : has_avx512bf16() && rf_emulate_amx();
+}
+#endif
 #endif
 
 /* Best first. */
 static const rf_variant variants[] = {
 #if defined(__x86_64__)
+#if !defined(RF_EMULATE_AMX)
+    {&rf_kernels_amx, has_amx},
+#endif
     {&rf_kernels_avx512bf16, has_avx512bf16},
     {&rf_kernels_avx512, has_avx512},
     {&rf_kernels_avx2, has_avx2},
 #endif
     {&rf_kernels_portable, always},
+#if defined(RF_EMULATE_AMX)
+    {&rf_kernels_amx, has_or_emulates_amx}, /* not best: for who asks by name */
+#endif
 };
 #define NUM_VARIANTS ((int)(sizeof variants / sizeof variants[0]))
 

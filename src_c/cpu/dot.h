@@ -137,6 +137,11 @@ RF_INLINE void pack_row(float *p, int n) {
     }
 }
 
+/* The products of many rows. */
+#if RF_HAVE_AMX
+#include "amx.h"
+#else
+
 /* Scores of tb tokens with nv vectors of rows, s[token * ld + row]. q: pairs of elements,
  * q[pair * ld + row]; keys are bfloat16 in the same order of elements. */
 RF_INLINE void dot_many_block(const uint32_t *q, int64_t ld, const uint16_t *const *k,
@@ -236,6 +241,8 @@ static void dot_values_many(float *acc, int64_t lda, const float *alpha, const f
             }
         }
 }
+
+#endif
 
 #define T        uint16_t
 #define NAME(x)  x##_dot_bf16

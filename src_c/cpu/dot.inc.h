@@ -229,13 +229,24 @@ static void NAME(widen)(const rf_phase *x, uint16_t *out, int64_t ld) {
 
 static void NAME(qk_many)(const void *query, int64_t ld, const rf_phase *x, float factor, float *s,
                           void *work) {
+#if !RF_WORDS
+    const int dim = (int)rf_pad_dim(x->dim); /* the order is that of whole 64 */
+    NAME(widen)(x, work, dim);
+#endif
+#if RF_HAVE_AMX
+    amx_tiles keys[AMX_KEYS];
 #if RF_WORDS
+    amx_keys(x, work, keys);
+    amx_scores(query, ld, keys, x->n, x->dim, x->ahead.row ? &x->ahead : NULL, factor, s);
+#else
+    amx_rows(work, dim, keys);
+    amx_scores(query, ld, keys, x->n, dim, NULL, factor, s);
+#endif
+#elif RF_WORDS
     (void)work;
     dot_scores_many(query, ld, x, factor, s);
 #else
-    const int dim = (int)rf_pad_dim(x->dim); /* the order is that of whole 64 */
     rf_wide w;
-    NAME(widen)(x, work, dim);
     widened(&w, x, work, dim, dim);
     dot_scores_many(query, ld, &w.phase, factor, s);
 #endif
@@ -244,7 +255,12 @@ static void NAME(qk_many)(const void *query, int64_t ld, const rf_phase *x, floa
 static void NAME(pv_many)(float *acc, int64_t lda, const float *alpha, float *p, int64_t ld,
                           const rf_phase *x, int64_t rows, void *work) {
     NAME(pack_values)(x, work, lda);
+#if RF_HAVE_AMX
+    (void)rows; /* whole sixteens of them */
+    amx_values(acc, lda, alpha, (uint32_t *)(void *)p, ld, work, x->n, x->dim);
+#else
     dot_values_many(acc, lda, alpha, p, ld, work, x->n, x->dim, rows);
+#endif
 }
 
 /* A row of sums, times f, as the output. */

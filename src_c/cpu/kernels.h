@@ -84,6 +84,7 @@ extern const rf_kernels rf_kernels_portable;
 extern const rf_kernels rf_kernels_avx2;
 extern const rf_kernels rf_kernels_avx512;
 extern const rf_kernels rf_kernels_avx512bf16;
+extern const rf_kernels rf_kernels_amx;
 
 /* Where a sequence's queries and context are. */
 typedef struct rf_seq {

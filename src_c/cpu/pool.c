@@ -157,8 +157,10 @@ int rf_pool_ready(rf_pool *p, int64_t tasks) {
         p->ids = ids;
         p->capacity = want;
     }
-    sigset_t every, before; /* signals belong to the program's own threads */
+    sigset_t every, before; /* signals belong to the program's own threads, but a worker's faults */
     sigfillset(&every);
+    static const int faults[] = {SIGILL, SIGTRAP, SIGBUS, SIGFPE, SIGSEGV};
+    for (unsigned i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&every, faults[i]);
     pthread_sigmask(SIG_SETMASK, &every, &before);
     while (p->started < want) {
         start *s = rf_alloc(sizeof *s);
