@@ -51,10 +51,12 @@ cdef extern from "rf/block_pool.h" nogil:
     ctypedef struct rf_block_pool:
         rf_block *blocks
         int32_t num_blocks
+        int32_t next_fresh
         int32_t num_kept
         int32_t num_pinned
         int32_t *evicted
         int32_t num_evicted
+        uint64_t clock
         uint64_t total_evictions
     int rf_block_pool_init(rf_block_pool *pool, int64_t num_blocks)
     void rf_block_pool_free(rf_block_pool *pool)

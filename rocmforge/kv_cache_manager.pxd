@@ -35,6 +35,8 @@ cdef class KVCacheManager:
     cdef uint64_t plannings                  # batches planned so far
     cdef uint64_t changes                    # state changes so far
     cdef uint64_t batches                    # serial of the newest batch
+    cdef int64_t prompt_tokens, hit_tokens   # given to add_sequence, and found by it, so far
+    cdef int64_t copied_blocks               # by copy-on-write, so far
 
     cdef int32_t require(self, object sequence_id) except -2
     cdef int reserve_sequence(self) except -1

@@ -22,7 +22,6 @@ import numpy as np
 
 from rocmforge.errors import OutOfBlocksError, UnknownSequenceError
 from rocmforge.layer_group import LayerGroup
-from rocmforge.stats import CacheStats
 
 cnp.import_array()
 
@@ -341,6 +340,8 @@ cdef class KVCacheManager:
                 group.mark(row, 0)
                 g += 1
             sequence.length = sequence.committed = found * self.block_size
+        self.prompt_tokens += n
+        self.hit_tokens += found * self.block_size
         return found * self.block_size
 
     def fork(self, parent, child):
@@ -568,6 +569,49 @@ cdef class KVCacheManager:
         self.prefixes.reserve_nodes(n // self.block_size)
         return self.block_size * self.prefixes.match(
             root, <const int32_t *> cnp.PyArray_DATA(tokens), (n - 1) // self.block_size)
+
+    def can_add(self, token_ids, salt=None, *, length=None):
+        """Whether `add_sequence` and an `append` behind it would find all blocks that they need.
+
+        Changes nothing, so that a scheduler can ask for a prompt before it lets it in.
+
+        Parameters
+        ----------
+        token_ids : sequence of int, or int32 or int64 array ``[n]``
+            A prompt.
+        salt : bytes or str, optional
+            As in `add_sequence`.
+        length : int, optional
+            Tokens that the sequence shall have slots for; those of the prompt when not given.
+
+        Raises
+        ------
+        ValueError
+            If a number is out of range.
+        """
+        cdef cnp.ndarray tokens = as_tokens(token_ids, "token_ids")
+        cdef int64_t n = cnp.PyArray_SIZE(tokens), found = 0, needed, available, i
+        cdef int64_t limit = INT32_MAX if self.max_seq_len is None else self.max_seq_len
+        cdef int64_t end = as_int(n if length is None else length, "length", 0, limit)
+        cdef int32_t root = self.prefixes.root_of(salt_key(salt), False), g = 0
+        cdef CacheGroup group
+        if (self.max_sequences is not None
+                and self.first.page_table.map.num_ids >= self.max_sequences):
+            return False
+        if root >= 0 and n:
+            self.prefixes.reserve_nodes(n // self.block_size)
+            found = self.prefixes.match(
+                root, <const int32_t *> cnp.PyArray_DATA(tokens), (n - 1) // self.block_size)
+        needed = (end + self.block_size - 1) // self.block_size - found
+        for group in self.groups:
+            available = rf_block_pool_num_available(&group.allocator.pool) - self.watermark
+            for i in range(group.first_needed(found * self.block_size), found):
+                # what is found and nobody holds is no longer there to be taken
+                available -= group.allocator.pool.blocks[self.prefixes.block(i, g)].ref_count == 0
+            if needed > 0 and needed > available:
+                return False
+            g += 1
+        return True
 
     def pin(self, token_ids, salt=None):
         """Hold the cached blocks of a prefix, so that they are not evicted.
@@ -1018,6 +1062,7 @@ cdef class KVCacheManager:
                 source = blocks.ids[index]
                 if pool.blocks[source].ref_count > 1:
                     self.prefixes.take(g, 1, &blocks.ids[index])
+                    self.copied_blocks += 1
                     rf_block_pool_drop(pool, &source, 1, RF_KEEP_CACHED, 0)
                     group.mark(item.row, <int32_t> index)
                     for k in range(group.ratio):
@@ -1162,30 +1207,10 @@ cdef class KVCacheManager:
     # ---- looking ----
 
     def stats(self):
-        """Counts of blocks, sequences and tokens, as `CacheStats`. O(num_blocks)."""
-        cdef int32_t row, block
-        cdef int64_t total = 0, used = 0, available = 0, cached = 0, pinned = 0
-        cdef int64_t shared = 0, references = 0, tokens = 0, slots = 0
-        cdef rf_block_pool *pool
-        cdef CacheGroup group
-        for group in self.groups:
-            pool = &group.allocator.pool
-            total += pool.num_blocks
-            used += pool.num_blocks - rf_block_pool_num_available(pool)
-            available += rf_block_pool_num_available(pool)
-            cached += pool.num_kept
-            pinned += pool.num_pinned
-            for block in range(pool.num_blocks):
-                shared += pool.blocks[block].ref_count > 1
-                references += pool.blocks[block].ref_count - pool.blocks[block].pins
-        for row in range(self.first.page_table.map.num_rows):
-            tokens += self.sequences[row].length
-            slots += (self.sequences[row].length + self.block_size - 1) // self.block_size
-        return CacheStats(
-            block_size=self.block_size, num_blocks=total, used_blocks=used, free_blocks=available,
-            cached_blocks=cached, pinned_blocks=pinned, shared_blocks=shared,
-            references=references, num_sequences=self.first.page_table.map.num_ids,
-            num_tokens=tokens, num_slots=slots * self.block_size)
+        """What the cache holds and what it did so far, as `CacheStats`; O(num_blocks), when asked.
+        """
+        from rocmforge.manager_stats import collect
+        return collect(self)
 
     def check_integrity(self):
         """Prove that page tables, block pools, block tables and the prefix index agree.
