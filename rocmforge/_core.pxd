@@ -29,6 +29,7 @@ cdef extern from "rf/id_map.h" nogil:
         int32_t num_ids
         int32_t row_capacity
         int32_t num_rows
+        int32_t free_row
     void rf_id_map_init(rf_id_map *map)
     void rf_id_map_free(rf_id_map *map)
     int rf_id_map_reserve(rf_id_map *map)
@@ -83,6 +84,7 @@ cdef extern from "rf/prefix_index.h" nogil:
         int32_t uses
     ctypedef struct rf_prefix_index:
         rf_prefix_node *nodes
+        int32_t *tokens
         uint32_t hash_mask
         int32_t capacity
         int32_t num_groups
@@ -105,6 +107,37 @@ cdef extern from "rf/prefix_index.h" nogil:
                                  const char **reason)
     int32_t rf_prefix_index_block(const rf_prefix_index *index, int32_t node, int32_t group)
     int32_t rf_prefix_index_node(const rf_prefix_index *index, int32_t group, int32_t block)
+
+
+cdef extern from "rf/saved.h" nogil:
+    ctypedef struct rf_saved_pool:
+        int32_t num_touched
+        int32_t num_free
+        int32_t num_kept
+        int32_t num_evicted
+        int32_t *ref_counts
+        uint8_t *priorities
+        uint16_t *pins
+        uint64_t *last_uses
+        int32_t *free_ids
+        int32_t *kept
+        int32_t *evicted
+        uint64_t clock
+        uint64_t total_evictions
+    void rf_saved_pool_measure(rf_saved_pool *saved, const rf_block_pool *pool)
+    void rf_saved_pool_fill(rf_saved_pool *saved, const rf_block_pool *pool)
+    int rf_saved_pool_restore(const rf_saved_pool *saved, rf_block_pool *pool, const char **reason)
+    ctypedef struct rf_saved_nodes:
+        int32_t num_nodes
+        int32_t num_roots
+        const int32_t *parents
+        const int32_t *tokens
+        const int32_t *blocks
+        const int32_t *uses
+    void rf_prefix_index_order(const rf_prefix_index *index, int32_t num_roots, int32_t *order,
+                               int32_t *place)
+    int rf_saved_nodes_restore(const rf_saved_nodes *saved, rf_prefix_index *index,
+                               const int32_t *group_blocks, const char **reason)
 
 
 cdef inline object plain_int(object value, str name):

@@ -6,6 +6,10 @@ from rocmforge.cache_group cimport CacheGroup
 from rocmforge.prefix_cache cimport PrefixCache
 
 
+cdef enum:
+    ROOT_UNSET = -2  # no token was given yet, so that the sequence needs no space
+
+
 cdef struct Sequence:
     int64_t length      # tokens that have a slot
     int64_t committed   # tokens whose keys and values are written, from the start on

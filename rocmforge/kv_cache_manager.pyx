@@ -18,6 +18,8 @@ from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup, new_group
 from rocmforge.page_table cimport BlockList
 from rocmforge.prefix_cache cimport new_prefix_cache, salt_key
 
+import copyreg
+
 import numpy as np
 
 from rocmforge.errors import OutOfBlocksError, UnknownSequenceError
@@ -26,8 +28,11 @@ from rocmforge.layer_group import LayerGroup
 cnp.import_array()
 
 cdef enum:
-    ROOT_UNSET = -2  # no token was given yet, so that the sequence needs no space
     SLOTS_UNSET = -1
+
+# what __init__ takes besides the pools
+OPTIONS = ("block_size", "kernel_block_size", "max_sequences", "max_seq_len", "prefix_caching",
+           "watermark", "max_pinned_blocks")
 
 
 cdef class KVCacheManager:
@@ -1222,6 +1227,25 @@ cdef class KVCacheManager:
         """
         from rocmforge.integrity import check_manager
         check_manager(self)
+
+    def __reduce__(self):
+        """Pickle the sequences, the blocks and the prefix cache; no batch, as those are of a step.
+
+        The copy decides as the original would have gone on to. Its first batch's table delta has
+        all entries of the block table.
+        """
+        from rocmforge.saved_state import dump
+        return copyreg.__newobj__, (type(self),), (*dump(self), getattr(self, "__dict__", None))
+
+    def __setstate__(self, state):
+        from rocmforge.saved_state import restore
+        numbers, arrays, attributes = state
+        options = {name: numbers[name] for name in OPTIONS}
+        groups = [LayerGroup(**group) for group in numbers["groups"]]
+        KVCacheManager.__init__(self, groups=groups, **options)
+        restore(self, numbers, arrays)
+        if attributes:
+            self.__dict__.update(attributes)
 
     def __len__(self):
         return self.first.page_table.map.num_ids

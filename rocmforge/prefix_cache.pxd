@@ -19,6 +19,7 @@ cdef class PrefixCache:
     cdef int64_t nodes_capacity
 
     # Making room may fail and then changes nothing; what is noexcept runs nobody's code.
+    cdef int make_index(self) except -1
     cdef int require(self) except -1
     cdef int sweep_salts(self) except -1
     cdef int reserve_nodes(self, int64_t n) except -1

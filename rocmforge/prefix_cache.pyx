@@ -45,15 +45,12 @@ cdef class PrefixCache:
         if self.is_ready:
             rf_prefix_index_free(&self.index)
 
-    cdef int require(self) except -1:
-        """Give the index its memory when it is first needed."""
+    cdef int make_index(self) except -1:
+        """Give the index its memory; it has no node yet."""
         cdef int32_t[MAX_GROUPS] sizes
         cdef int32_t g = 0
-        cdef uint64_t seed
+        cdef uint64_t seed = int.from_bytes(os.urandom(8), "little")
         cdef CacheGroup group
-        if self.is_ready:
-            return 0
-        seed = int.from_bytes(os.urandom(8), "little")
         if self.is_ready:  # urandom let another thread in
             return 0
         for group in self.groups:
@@ -61,6 +58,15 @@ cdef class PrefixCache:
             g += 1
         if rf_prefix_index_init(&self.index, self.block_size, g, sizes, seed) != RF_OK:
             raise MemoryError("no memory for the prefix index")
+        return 0
+
+    cdef int require(self) except -1:
+        """Make the index when it is first needed."""
+        if self.is_ready:
+            return 0
+        self.make_index()
+        if self.is_ready:
+            return 0
         # The space of no salt is in use for ever. A new index has nodes, so that this cannot fail.
         self.unsalted = rf_prefix_index_add_root(&self.index)
         rf_prefix_index_use(&self.index, self.unsalted)
