@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 import numpy as np
 import numpy.typing as npt
 
-from rocmforge import ops, snapshot
+from rocmforge import ops, snapshot, tiers
 from rocmforge.batch import Batch
 from rocmforge.errors import DeviceError
 from rocmforge.kv_cache_manager import KVCacheManager
@@ -563,6 +563,101 @@ class KVCache(KVCacheManager):
             As `save`.
         """
         return snapshot.load(cls, path, with_data, **options)
+
+    def read_blocks(self, ids: Any, out: Array | None = None, *, group: int = 0) -> Array:
+        """Copy blocks to a buffer, a row of bytes each: all layers of a block are contiguous.
+
+        Parameters
+        ----------
+        ids : sequence of int, or integer array ``[n]``
+            Blocks of the group, held by a sequence or pinned, so that nobody else gets them.
+        out : array, optional
+            uint8 ``[n, nbytes]``, writable, any strides.
+        group : int
+            The layer group. With one group ``nbytes`` is `block_nbytes`.
+
+        Returns
+        -------
+        array
+            uint8 ``[n, nbytes]``: `out`, or a new one.
+
+        Raises
+        ------
+        InvalidBlockError
+            If an id is out of range.
+        ValueError, TypeError
+            If another argument is wrong.
+        """
+        return tiers.read_blocks(self, ids, out, group)
+
+    def insert_prefix(
+        self, token_ids: Any, data: Any, salt: bytes | str | None = None, *, priority: int = 0
+    ) -> int:
+        """Put computed blocks of a prefix into the prefix cache, from a buffer.
+
+        Blocks that are cached already stay as they are. The others are taken, filled, and found by
+        others when all of them are: where `data` fails on the way, nothing is published.
+
+        Parameters
+        ----------
+        token_ids : sequence of int, or int32 or int64 array ``[num_tokens]``
+            The tokens from the start of a sequence on; whole blocks of them count.
+        data : array, bytes, or iterable of buffers
+            uint8 ``[num_tokens // block_size, nbytes]``, or an iterable that gives a buffer of
+            `nbytes` for each block, so that they can come one after the other. A row has the
+            layout of `read_blocks`; with several layer groups, their rows one after the other, of
+            which those that a window has passed are not read.
+        salt, priority
+            As in `add_sequence`.
+
+        Returns
+        -------
+        int
+            Tokens of the prefix that are cached now.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If there are too few blocks, or the reserve (`watermark`) would be taken.
+        ValueError, TypeError
+            If `data` has another size, a number is out of range, or there is no place for one
+            sequence more, which holds the blocks meanwhile (`max_sequences`).
+        """
+        return tiers.insert_prefix(self, token_ids, data, salt, priority)
+
+    def suspend(self, sequence_id: int) -> tiers.SuspendedSequence:
+        """Move a sequence to host memory, to make room for others; `resume` brings it back.
+
+        Its blocks are given up as by `free`. Its batches are stale.
+
+        Raises
+        ------
+        UnknownSequenceError
+            If the sequence is not in the cache.
+        """
+        return tiers.suspend(self, sequence_id)
+
+    def resume(self, sequence_id: int, buffer: tiers.SuspendedSequence) -> int:
+        """Bring a suspended sequence back, under this id, as it was.
+
+        What of its prefix is still cached is shared, the rest is copied. After a
+        `reset_prefix_cache`, and in another cache than it was suspended in, it shares nothing, as
+        the model's weights may be others.
+
+        Returns
+        -------
+        int
+            Tokens that were found in the cache.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If there are too few blocks.
+        ValueError, TypeError
+            If the id is in use, `max_sequences` are there already, or `buffer` is no sequence of
+            such a cache.
+        """
+        return tiers.resume(self, sequence_id, buffer)
 
     def __reduce__(self) -> Any:
         """Refuse: the contents belong in a file of their own."""

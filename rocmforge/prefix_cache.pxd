@@ -14,6 +14,7 @@ cdef class PrefixCache:
     cdef bint is_ready           # the index was needed and has its memory
     cdef int32_t unsalted        # root of the space of no salt
     cdef dict salts              # bytes, or None for no salt -> root
+    cdef int64_t resets          # how often everything was forgotten
     cdef int salts_limit         # unused roots are dropped when there are more
     cdef int32_t *nodes          # [nodes_capacity] the nodes that `match` walked
     cdef int64_t nodes_capacity

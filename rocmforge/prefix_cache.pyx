@@ -177,6 +177,7 @@ cdef class PrefixCache:
         cdef int64_t count = 0
         cdef rf_block *b
         cdef CacheGroup group
+        self.resets += 1
         for group in self.groups:
             for block in range(group.allocator.pool.num_blocks):
                 b = &group.allocator.pool.blocks[block]
