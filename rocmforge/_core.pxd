@@ -87,6 +87,7 @@ cdef extern from "rf/prefix_index.h" nogil:
         int32_t *tokens
         uint32_t hash_mask
         int32_t capacity
+        int32_t block_size
         int32_t num_groups
         int32_t next_fresh
         int32_t num_nodes
@@ -138,6 +139,32 @@ cdef extern from "rf/saved.h" nogil:
                                int32_t *place)
     int rf_saved_nodes_restore(const rf_saved_nodes *saved, rf_prefix_index *index,
                                const int32_t *group_blocks, const char **reason)
+
+
+cdef extern from "rf/event_log.h" nogil:
+    int RF_EVENT_STORED, RF_EVENT_REMOVED, RF_EVENT_CLEARED
+    ctypedef struct rf_event:
+        uint8_t name[32]
+        uint8_t parent[32]
+        uint8_t kind
+        uint8_t is_first
+        int32_t group
+    ctypedef struct rf_event_log:
+        int32_t block_size
+        int32_t num
+        uint64_t lost
+    int rf_event_log_init(rf_event_log *log, int32_t capacity, int32_t block_size,
+                          int32_t num_nodes, const uint8_t *root_name)
+    void rf_event_log_free(rf_event_log *log)
+    void rf_event_log_name(rf_event_log *log, int32_t node, int32_t parent, const int32_t *tokens,
+                           const uint8_t *extra, int64_t extra_size)
+    void rf_event_log_stored(rf_event_log *log, int32_t group, int32_t node, int32_t parent,
+                             const int32_t *tokens)
+    void rf_event_log_removed(rf_event_log *log, int32_t group, int32_t node)
+    void rf_event_log_cleared(rf_event_log *log)
+    void rf_event_log_drop(rf_event_log *log, int32_t n)
+    const rf_event *rf_event_log_at(const rf_event_log *log, int32_t i)
+    const int32_t *rf_event_log_tokens(const rf_event_log *log, int32_t i)
 
 
 cdef inline object plain_int(object value, str name):

@@ -11,8 +11,8 @@ from rocmforge._core cimport (
     RF_NUM_PRIORITIES, RF_OK, as_int, as_int_array, as_sequence_id, as_tokens, plain_int, rf_alloc,
     rf_block, rf_block_pool, rf_block_pool_drop, rf_block_pool_hold, rf_block_pool_num_available,
     rf_block_pool_pin, rf_block_pool_unpin, rf_free, rf_id_map, rf_id_map_find,
-    rf_prefix_index_attach, rf_prefix_index_block, rf_prefix_index_node, rf_prefix_index_step,
-    rf_prefix_index_unuse, rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
+    rf_prefix_index_block, rf_prefix_index_node, rf_prefix_index_step, rf_prefix_index_unuse,
+    rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
 from rocmforge.batch cimport Batch, BatchGroup, Item, new_batch
 from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup, new_group
 from rocmforge.page_table cimport BlockList
@@ -744,14 +744,14 @@ cdef class KVCacheManager:
                 sequence.tokens + <int64_t> sequence.chained * self.block_size)
             if node == RF_NO_NODE:
                 return
+            self.prefixes.named(node)
             g = 0
             for group in self.groups:
                 block = group.page_table.lists[row].ids[sequence.chained]
                 if (block != RF_NO_BLOCK
                         and rf_prefix_index_block(&self.prefixes.index, node, g) == RF_NO_BLOCK
                         and rf_prefix_index_node(&self.prefixes.index, g, block) == RF_NO_NODE):
-                    rf_prefix_index_attach(&self.prefixes.index, node, g, block)
-                    group.allocator.pool.blocks[block].flags |= RF_BLOCK_CACHED
+                    self.prefixes.attach(node, g, block)
                 g += 1
             sequence.chain = node
             sequence.chained += 1
@@ -1210,6 +1210,42 @@ cdef class KVCacheManager:
             self.commit(batch)
 
     # ---- looking ----
+
+    def enable_events(self, capacity=65536, *, seed="0", medium=None):
+        """Keep events of blocks that are stored in the prefix cache or removed, for `take_events`.
+
+        What is cached already counts as stored now. Once more, it begins anew.
+
+        Parameters
+        ----------
+        capacity : int
+            The most events that wait, 1 .. 2**30, a block each; beyond it the oldest are lost.
+        seed : str
+            The value of ``PYTHONHASHSEED`` that the engines run with whose hashes are compared.
+        medium : str, optional
+            What the events call this tier; vLLM's is "GPU".
+        """
+        cdef int32_t most = <int32_t> as_int(capacity, "capacity", 1, 1 << 30)
+        if not isinstance(seed, str):
+            raise TypeError(f"seed: expected a str, got {type(seed).__name__}")
+        if not self.prefix_caching:
+            raise ValueError("enable_events: the cache was made without prefix_caching")
+        self.prefixes.enable_events(most, seed, medium)
+
+    def take_events(self):
+        """The events since the last call, oldest first.
+
+        Returns
+        -------
+        list of BlockStored, BlockRemoved or AllBlocksCleared
+            As in `rocmforge.events`; empty where events are not enabled.
+        """
+        return self.prefixes.events.take() if self.prefixes.events is not None else []
+
+    @property
+    def lost_events(self):
+        """Events that were dropped because nobody took them: a picture made of them is wrong."""
+        return self.prefixes.events.lost if self.prefixes.events is not None else 0
 
     def stats(self):
         """What the cache holds and what it did so far, as `CacheStats`; O(num_blocks), when asked.
