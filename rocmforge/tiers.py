@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SuspendedSequence", "insert_prefix", "read_blocks", "resume", "suspend"]
 
+FILLING = 0xF111ED << 40  # sequences that hold blocks while they are filled have ids from here on
 CHUNK = 64  # blocks at a time, so that what is gathered stays in the processor's cache
 
 Array = npt.NDArray[Any]
@@ -179,7 +180,7 @@ def insert_prefix(
         for group in cache.groups
     ]
     with cache._moving:
-        sequence = next(i for i in range(2**64 - 1, 0, -1) if i not in cache)
+        sequence = next(i for i in range(FILLING, 2**64) if i not in cache)
         found, lists, version = place(
             cache, sequence, tokens[:length], salt, priority, length, length, firsts, True, False
         )

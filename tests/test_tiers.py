@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from cache_traffic import CacheTraffic, random_cache, small_cache
-from rocmforge import KVCache, KVCacheManager
+from rocmforge import KVCache, KVCacheManager, tiers
 from rocmforge.errors import InvalidBlockError, OutOfBlocksError, UnknownSequenceError
 from rocmforge.placement import describe, place, publish
 from traffic import Traffic, logical_state, random_manager
@@ -209,7 +209,7 @@ def test_inserts_that_have_no_room() -> None:
         ({"max_seq_len": 19}, ValueError),
     ):
         other = empty_like(cache, max_pinned_blocks=None, **options)
-        other.add_sequence(2**64 - 1)
+        other.add_sequence(tiers.FILLING)
         before = logical_state(other)
         with pytest.raises(error):
             other.insert_prefix(PROMPT, rows)
