@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from rocmforge.dtypes import resolve
 from rocmforge.errors import RocmForgeError, SnapshotError
 from rocmforge.kv_cache_manager import OPTIONS, KVCacheManager
 from rocmforge.layer_group import LayerGroup
@@ -45,8 +46,7 @@ MAX_PIECES = 512  # buffers at a time; Linux takes 1024
 READERS = 4  # threads: what takes long is the system's copying and its clearing of new memory
 # What a cache may have otherwise than when it was saved.
 LIMITS = {
-    "num_blocks", "max_sequences", "max_seq_len", "watermark", "max_pinned_blocks",
-    "prefix_caching", "device",
+    "max_sequences", "max_seq_len", "watermark", "max_pinned_blocks", "prefix_caching", "device",
 }  # fmt: skip
 MAX_LAYERS = 10_000
 MAX_TABLE_NBYTES = 1 << 32
@@ -54,7 +54,7 @@ MAX_TABLE_NBYTES = 1 << 32
 TAGS = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2", "uint8": "U8", "int32": "I32", "int64": "I64", "uint16": "U16",
-    "uint64": "U64",
+    "uint64": "U64", "int8": "I8",
 }  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -437,6 +437,55 @@ def _read(cls: type[Cache], reader: _Reader, with_data: bool, options: dict[str,
     return cache
 
 
+def construct(cls: type[Cache], construction: dict[str, Any], options: dict[str, Any]) -> Cache:
+    """An empty cache as `KVCache._construction` says, but for the options given."""
+    arguments, written = _arguments(construction, options)
+    arguments["groups"] = [LayerGroup(**group) for group in arguments["groups"]]
+    cache = cls(**arguments)
+    for layer, pools in enumerate(cache._layers):
+        pools.written = written[layer] is True
+    return cache
+
+
+def _arguments(
+    construction: dict[str, Any], options: dict[str, Any]
+) -> tuple[dict[str, Any], list[bool]]:
+    """The constructor's arguments, and which layers were written to."""
+    arguments, options = dict(construction), dict(options)
+    written, groups = arguments.pop("written"), arguments["groups"]
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        raise SnapshotError("groups: expected a list of objects")
+    layers = arguments["num_layers"]
+    if type(layers) is not int or not 1 <= layers <= MAX_LAYERS or len(written) != layers:
+        raise SnapshotError(f"num_layers: expected 1 .. {MAX_LAYERS}, got {layers!r}")
+    arguments["groups"] = groups = [dict(group) for group in groups]
+    sizes = options.pop("groups", None)
+    if sizes is not None and len(sizes) != len(groups):
+        raise SnapshotError(f"groups: {len(groups)} when it was saved, {len(sizes)} asked for")
+    for group, size in zip(groups, sizes or [], strict=False):
+        group["num_blocks"] = size.num_blocks
+    for name in ("num_blocks", "num_kv_heads", "head_dim", "v_head_dim", "latent_dim", "dtype"):
+        value = options.pop(name, None)
+        if value is None:
+            continue
+        if len(groups) > 1:
+            raise SnapshotError(f"{name}: the cache has {len(groups)} groups")
+        if name == "num_blocks":
+            groups[0][name] = value
+        elif groups[0][name] != (resolve(value).name if name == "dtype" else value):
+            raise SnapshotError(
+                f"{name}: {groups[0][name]!r} when it was saved, {value!r} asked for"
+            )
+    if groups != construction["groups"] and "max_pinned_blocks" not in options:
+        arguments["max_pinned_blocks"] = None  # a part of the pool, whose size is another
+    for name, value in options.items():
+        if name not in LIMITS and arguments.get(name, value) != value:
+            raise SnapshotError(
+                f"{name}: {arguments[name]!r} when it was saved, {value!r} asked for"
+            )
+    return arguments | options, written
+
+
 def _build(
     cls: type[Cache],
     construction: dict[str, Any],
@@ -444,26 +493,15 @@ def _build(
     arrays: dict[str, Array],
     options: dict[str, Any],
 ) -> Cache:
-    """A cache as it was saved, but for the options given."""
-    for name, value in options.items():
-        if name not in LIMITS and construction.get(name, value) != value:
-            raise SnapshotError(
-                f"{name}: {construction[name]!r} when it was saved, {value!r} asked for"
-            )
-    layers = construction.get("num_layers", 0)
-    if not isinstance(layers, int) or not 0 <= layers <= MAX_LAYERS:
-        raise SnapshotError(f"num_layers: expected 0 .. {MAX_LAYERS}, got {layers!r}")
-    arguments = {**construction, **options}
-    if options.get("num_blocks") is not None and "max_pinned_blocks" not in options:
-        arguments["max_pinned_blocks"] = None  # a part of the pool, whose size is another
-    _check_table(arguments, numbers, arrays)
+    """The cache of a file; whatever is wrong with what it says is a `SnapshotError`."""
     try:
-        return cls(**arguments)
+        _check_table(_arguments(construction, options)[0], numbers, arrays)
+        return construct(cls, construction, options)
     except MemoryError as error:
         raise SnapshotError("the cache that it describes does not fit in memory") from error
     except RocmForgeError:
-        raise  # a device that is not there
-    except (TypeError, ValueError, OverflowError) as error:
+        raise  # said already, or a device that is not there
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
         raise SnapshotError(f"it describes no cache: {error}") from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cache_traffic import CacheTraffic, contents, random_cache, small_cache
-from rocmforge import KVCache, snapshot
+from rocmforge import KVCache, LayerGroup, snapshot
 from rocmforge.errors import SnapshotError, UnknownSequenceError
 from traffic import logical_state
 
@@ -179,6 +179,52 @@ def test_options_that_do_not_fit(tmp_path: Path, options: dict[str, Any], messag
         KVCache.load(path, **options)
 
 
+def test_layer_groups_and_8_bit_pools(tmp_path: Path) -> None:
+    """Scales move with the blocks; scales of heads, and that they are fixed, come along."""
+    rng = np.random.default_rng(3)
+    for scales in ("token", "head"):
+        cache = KVCache(
+            3, block_size=4, num_kv_heads=2, head_dim=16, dtype="int8", scales=scales,
+            groups=[
+                LayerGroup(40, layers=[0, 2]),
+                LayerGroup(20, window=6, layers=[1], head_dim=8, dtype="float8_e4m3fn"),
+            ],
+        )  # fmt: skip
+        cache.add_sequence(1, list(range(30)))
+        for start in range(0, 30, 10):
+            batch = cache.append([1], 10)
+            for layer, dim in enumerate((16, 8, 16)):
+                key = rng.standard_normal((10, 2, dim), np.float32)
+                if scales == "head" and not start:
+                    cache.calibrate(layer, key * 2, key * 3)
+                cache.write(layer, key, key + 1, batch)
+        cache.save(tmp_path / "a")
+        other = KVCache.load(tmp_path / "a")
+        other.check_integrity()
+        assert logical_state(other) == logical_state(cache)
+        same_contents(cache, other)
+        query = rng.standard_normal((1, 4, 16), np.float32)
+        steps = []
+        for one in (cache, other):
+            batch = one.append([1], 1)
+            key = np.ones((1, 2, 16), np.float32)
+            one.write(0, key, key, batch)
+            steps.append(one.attend(0, query, batch))
+            if scales == "head":
+                with pytest.raises(ValueError, match="written to"):
+                    one.set_scales(0, 1.0, 1.0)
+        assert (steps[0] == steps[1]).all()
+        bigger = KVCache.load(tmp_path / "a", groups=[LayerGroup(60), LayerGroup(30)])
+        assert [g.allocator.num_blocks for g in bigger.groups] == [60, 30]
+        with pytest.raises(SnapshotError, match="2 groups"):
+            KVCache.load(tmp_path / "a", num_blocks=60)
+        rows = cache.read_blocks(cache.page_table.block_ids(1)[:2])
+        assert rows.shape == (2, cache.block_nbytes)
+        buffer = other.suspend(1)
+        other.resume(1, buffer)
+        same_contents(cache, other)
+
+
 def test_pickle_points_to_save() -> None:
     with pytest.raises(TypeError, match="use save and load"):
         copy.copy(small_cache(0))
@@ -257,6 +303,10 @@ def setting(part: str, name: str, value: Any) -> Any:
     return lambda about, tensors: about[part].__setitem__(name, value)
 
 
+def grouped(name: str, value: Any) -> Any:
+    return lambda about, tensors: about["cache"]["groups"][0].__setitem__(name, value)
+
+
 def words(name: str, index: int, value: int, dtype: type = np.int32) -> Any:
     def change(about: Any, tensors: Any) -> None:
         array = np.frombuffer(tensors[name][2], dtype).copy()
@@ -293,11 +343,19 @@ HOSTILE = {
     "endless layers": setting("cache", "num_layers", 10**9),
     "layers of text": setting("cache", "num_layers", "3"),
     "no layers": lambda a, t: a["cache"].pop("num_layers"),
-    "an endless pool": setting("cache", "num_blocks", 2**31 - 1),
-    "endless heads": setting("cache", "num_kv_heads", 2**60),
-    "a strange dtype": setting("cache", "dtype", "object"),
-    "another dtype": setting("cache", "dtype", "float64"),
-    "another size": setting("cache", "head_dim", 16),
+    "an endless pool": grouped("num_blocks", 2**31 - 1),
+    "endless heads": grouped("num_kv_heads", 2**60),
+    "a strange dtype": grouped("dtype", "object"),
+    "another dtype": grouped("dtype", "float64"),
+    "another size": grouped("head_dim", 16),
+    "a group whose layers are text": grouped("layers", "abc"),
+    "a layer twice": grouped("layers", [0, 0]),
+    "a group of nothing": lambda a, t: a["cache"].update(groups=[]),
+    "groups of text": lambda a, t: a["cache"].update(groups=["x"]),
+    "no groups": lambda a, t: a["cache"].pop("groups"),
+    "an argument of a group": grouped("exec", 7),
+    "strange scales": lambda a, t: a["cache"].update(scales="x"),
+    "layers written": lambda a, t: a["cache"].update(written=[True] * 7),
     "an argument that none has": setting("cache", "exec", "7"),
     "tables without end": lambda a, t: a["cache"].update(max_sequences=2**30, max_seq_len=2**30),
     "one dimension too many": lambda a, t: t["group0.kept"][1].append(1),

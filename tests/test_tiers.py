@@ -14,6 +14,7 @@ from cache_traffic import CacheTraffic, random_cache, small_cache
 from rocmforge import KVCache, KVCacheManager, tiers
 from rocmforge.errors import InvalidBlockError, OutOfBlocksError, UnknownSequenceError
 from rocmforge.placement import describe, place, publish
+from rocmforge.snapshot import construct
 from traffic import Traffic, logical_state, random_manager
 
 PROMPT = list(range(100, 121))  # 21 tokens: five blocks of four and one more
@@ -38,7 +39,7 @@ def begin(traffic: CacheTraffic, sequence: int, prompt: list[int]) -> int:
 
 
 def empty_like(cache: KVCache, **options: Any) -> KVCache:
-    return KVCache(**cache._construction() | options)
+    return construct(KVCache, cache._construction(), options)
 
 
 # ---- read_blocks ----
@@ -208,7 +209,7 @@ def test_inserts_that_have_no_room() -> None:
         ({"max_sequences": 1}, ValueError),
         ({"max_seq_len": 19}, ValueError),
     ):
-        other = empty_like(cache, max_pinned_blocks=None, **options)
+        other = empty_like(cache, **options)
         other.add_sequence(tiers.FILLING)
         before = logical_state(other)
         with pytest.raises(error):
@@ -330,10 +331,15 @@ def test_bad_suspend_and_resume() -> None:
     buffer = cache.suspend(1)
     with pytest.raises(TypeError, match="buffer: expected a SuspendedSequence, got bytes"):
         cache.resume(1, b"")  # type: ignore[arg-type]
-    for options in ({"head_dim": 16}, {"block_size": 8}, {"dtype": "float64"[:5] + "32"}):
-        other = empty_like(cache, **options)
-        if other.dtype == cache.dtype and "dtype" in options:
-            continue
+    for options in ({"head_dim": 16}, {"block_size": 8}, {"num_layers": 3}, {"layout": "x"}):
+        shape = {
+            "num_layers": 2, "num_blocks": 16, "num_kv_heads": cache.num_kv_heads, "head_dim": 8,
+            "block_size": 4, "dtype": cache.dtype, "layout": cache.layout,
+        }  # fmt: skip
+        if "layout" in options:
+            options["layout"] = "NHD" if cache.layout == "HND" else "HND"
+            shape["num_kv_heads"] = cache.num_kv_heads + 1
+        other = KVCache(**shape | options)
         with pytest.raises(ValueError, match="blocks are others"):
             other.resume(1, buffer)
     cache.add_sequence(1)
