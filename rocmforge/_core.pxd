@@ -29,6 +29,7 @@ cdef extern from "rf/id_map.h" nogil:
         int32_t num_ids
         int32_t row_capacity
         int32_t num_rows
+        int32_t free_row
     void rf_id_map_init(rf_id_map *map)
     void rf_id_map_free(rf_id_map *map)
     int rf_id_map_reserve(rf_id_map *map)
@@ -51,10 +52,12 @@ cdef extern from "rf/block_pool.h" nogil:
     ctypedef struct rf_block_pool:
         rf_block *blocks
         int32_t num_blocks
+        int32_t next_fresh
         int32_t num_kept
         int32_t num_pinned
         int32_t *evicted
         int32_t num_evicted
+        uint64_t clock
         uint64_t total_evictions
     int rf_block_pool_init(rf_block_pool *pool, int64_t num_blocks)
     void rf_block_pool_free(rf_block_pool *pool)
@@ -81,8 +84,10 @@ cdef extern from "rf/prefix_index.h" nogil:
         int32_t uses
     ctypedef struct rf_prefix_index:
         rf_prefix_node *nodes
+        int32_t *tokens
         uint32_t hash_mask
         int32_t capacity
+        int32_t block_size
         int32_t num_groups
         int32_t next_fresh
         int32_t num_nodes
@@ -103,6 +108,63 @@ cdef extern from "rf/prefix_index.h" nogil:
                                  const char **reason)
     int32_t rf_prefix_index_block(const rf_prefix_index *index, int32_t node, int32_t group)
     int32_t rf_prefix_index_node(const rf_prefix_index *index, int32_t group, int32_t block)
+
+
+cdef extern from "rf/saved.h" nogil:
+    ctypedef struct rf_saved_pool:
+        int32_t num_touched
+        int32_t num_free
+        int32_t num_kept
+        int32_t num_evicted
+        int32_t *ref_counts
+        uint8_t *priorities
+        uint16_t *pins
+        uint64_t *last_uses
+        int32_t *free_ids
+        int32_t *kept
+        int32_t *evicted
+        uint64_t clock
+        uint64_t total_evictions
+    void rf_saved_pool_measure(rf_saved_pool *saved, const rf_block_pool *pool)
+    void rf_saved_pool_fill(rf_saved_pool *saved, const rf_block_pool *pool)
+    int rf_saved_pool_restore(const rf_saved_pool *saved, rf_block_pool *pool, const char **reason)
+    ctypedef struct rf_saved_nodes:
+        int32_t num_nodes
+        int32_t num_roots
+        const int32_t *parents
+        const int32_t *tokens
+        const int32_t *blocks
+        const int32_t *uses
+    void rf_prefix_index_order(const rf_prefix_index *index, int32_t num_roots, int32_t *order,
+                               int32_t *place)
+    int rf_saved_nodes_restore(const rf_saved_nodes *saved, rf_prefix_index *index,
+                               const int32_t *group_blocks, const char **reason)
+
+
+cdef extern from "rf/event_log.h" nogil:
+    int RF_EVENT_STORED, RF_EVENT_REMOVED, RF_EVENT_CLEARED
+    ctypedef struct rf_event:
+        uint8_t name[32]
+        uint8_t parent[32]
+        uint8_t kind
+        uint8_t is_first
+        int32_t group
+    ctypedef struct rf_event_log:
+        int32_t block_size
+        int32_t num
+        uint64_t lost
+    int rf_event_log_init(rf_event_log *log, int32_t capacity, int32_t block_size,
+                          int32_t num_nodes, const uint8_t *root_name)
+    void rf_event_log_free(rf_event_log *log)
+    void rf_event_log_name(rf_event_log *log, int32_t node, int32_t parent, const int32_t *tokens,
+                           const uint8_t *extra, int64_t extra_size)
+    void rf_event_log_stored(rf_event_log *log, int32_t group, int32_t node, int32_t parent,
+                             const int32_t *tokens)
+    void rf_event_log_removed(rf_event_log *log, int32_t group, int32_t node)
+    void rf_event_log_cleared(rf_event_log *log)
+    void rf_event_log_drop(rf_event_log *log, int32_t n)
+    const rf_event *rf_event_log_at(const rf_event_log *log, int32_t i)
+    const int32_t *rf_event_log_tokens(const rf_event_log *log, int32_t i)
 
 
 cdef inline object plain_int(object value, str name):

@@ -261,6 +261,10 @@ cdef class BlockAllocator:
         if rf_block_pool_validate(&self.pool, &reason) != RF_OK:
             raise AssertionError(reason.decode())
 
+    def __reduce__(self):
+        from rocmforge.saved_state import dump_allocator, load_allocator
+        return load_allocator, dump_allocator(self)
+
     def __len__(self):
         return self.pool.num_blocks
 

@@ -11,6 +11,7 @@ __all__ = [
     "InvalidBlockError",
     "OutOfBlocksError",
     "RocmForgeError",
+    "SnapshotError",
     "UnknownSequenceError",
 ]
 
@@ -52,3 +53,7 @@ class InvalidBlockError(RocmForgeError, ValueError):
 
 class DeviceError(RocmForgeError, RuntimeError):
     """A device is absent, or a call to its runtime failed."""
+
+
+class SnapshotError(RocmForgeError, ValueError):
+    """A saved state is damaged, of another kind, or of a newer version; nothing was changed."""

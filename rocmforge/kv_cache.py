@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from rocmforge import ops
+from rocmforge import ops, snapshot, tiers
 from rocmforge.batch import Batch
 from rocmforge.errors import DeviceError
 from rocmforge.kv_cache_manager import KVCacheManager
@@ -105,6 +107,7 @@ class KVCache(KVCacheManager):
     _layers: list[LayerPools]
     _shapes: list[Shape]
     _common: int | None
+    _moving: threading.RLock  # held while contents move, so that no block is taken meanwhile
 
     def __init__(
         self,
@@ -178,6 +181,7 @@ class KVCache(KVCacheManager):
         ]
         self._shapes = shapes
         self._common = None
+        self._moving = threading.RLock()
         first = shapes[0]
         self.num_layers = num_layers
         self.num_kv_heads = first.num_kv_heads
@@ -222,6 +226,43 @@ class KVCache(KVCacheManager):
                     pool = pool.reshape(len(pool) // ratio, ratio, *pool.shape[1:])
                 pools.append((f"layer{layer}.{name}", pool, arrays.group))
         return pools
+
+    def _construction(self) -> dict[str, Any]:
+        """What `snapshot.construct` makes such a cache of; JSON can hold it."""
+        groups = [
+            {
+                "num_blocks": group.allocator.num_blocks,
+                "window": shape.window,
+                "layers": [i for i, layer in enumerate(self._layers) if layer.group == number],
+                "num_kv_heads": shape.num_kv_heads,
+                "head_dim": shape.head_dim,
+                "v_head_dim": None if shape.latent else shape.v_head_dim,
+                "latent_dim": shape.v_head_dim if shape.latent else None,
+                "dtype": shape.dtype.name,
+            }
+            for number, (group, shape) in enumerate(zip(self.groups, self._shapes, strict=True))
+        ]
+        scales: Any = next((shape.scales for shape in self._shapes if shape.scales), None)
+        if scales == "head":
+            pairs = [(layer.k_scale, layer.v_scale) for layer in self._layers]
+            scales = [
+                None if key is None else [np.asarray(scale).tolist() for scale in (key, value)]
+                for key, value in pairs
+            ]
+        return {
+            "num_layers": self.num_layers,
+            "groups": groups,
+            "scales": scales,
+            "written": [layer.written for layer in self._layers],
+            "layout": self.layout,
+            "block_size": self.block_size,
+            "kernel_block_size": self.kernel_block_size,
+            "max_sequences": self.max_sequences,
+            "max_seq_len": self.max_seq_len,
+            "prefix_caching": self.prefix_caching,
+            "watermark": self.watermark,
+            "max_pinned_blocks": self.max_pinned_blocks,
+        }
 
     def k_cache(self, layer: int) -> Array:
         """The keys of a layer: ``[num_blocks, num_kv_heads, block_size, head_dim]`` in layout HND.
@@ -316,17 +357,18 @@ class KVCache(KVCacheManager):
         self, sequence_ids: Any, num_tokens: Any, token_ids: Any = None, *, out: Batch | None = None
     ) -> Batch:
         """Reserve slots as `KVCacheManager.append`, and copy the shared blocks it will write to."""
-        batch = super().append(sequence_ids, num_tokens, token_ids, out=out)
-        self._common = None
-        for group, part in enumerate(batch.groups):
-            if len(part.copies):
-                pools = [
-                    pool
-                    for layer in self._layers
-                    if layer.group == group
-                    for _, pool in layer.each()
-                ]
-                ops.copy_blocks(pools, part.copies)
+        with self._moving:
+            batch = super().append(sequence_ids, num_tokens, token_ids, out=out)
+            self._common = None
+            for group, part in enumerate(batch.groups):
+                if len(part.copies):
+                    pools = [
+                        pool
+                        for layer in self._layers
+                        if layer.group == group
+                        for _, pool in layer.each()
+                    ]
+                    ops.copy_blocks(pools, part.copies)
         return batch
 
     def write(self, layer: int, key: Array, value: Array | None, batch: Batch) -> None:
@@ -448,3 +490,175 @@ class KVCache(KVCacheManager):
             ):
                 return attend_with_prefix(self._common, *arrays, **options)
         return ops.paged_attention(*arrays, **options)
+
+    # ---- keeping ----
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        sequences: Sequence[int] | None = None,
+        with_data: bool = True,
+    ) -> None:
+        """Write the cache to a file: sequences, prefix cache, and what the blocks hold.
+
+        Tokens that have a slot but were not committed come along as such: their batch does not, so
+        that `truncate` to `committed_len` is the way to go on.
+
+        Parameters
+        ----------
+        path : path
+            The file, which is replaced at once when all is written and synced: there is the old
+            one or the new one at any moment.
+        sequences : sequence of int, optional
+            Those to keep; all when not given. The others are left out as if they had been freed:
+            their full committed blocks stay cached. With none, only the prefix cache is kept.
+        with_data : bool
+            Without the blocks' contents where those are kept elsewhere; ids stay the same.
+
+        Raises
+        ------
+        UnknownSequenceError
+            If a sequence is not in the cache.
+        OSError
+            If the file cannot be written; the old one stays.
+        SnapshotError
+            If the file is being saved by somebody else.
+        ImportError
+            If ``safetensors`` or ``xxhash`` is not installed (extra ``snapshots``).
+
+        Notes
+        -----
+        While it runs, appends of other threads wait. On a terminal a progress bar appears after a
+        second.
+        """
+        snapshot.save(self, path, sequences, with_data)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, with_data: bool = True, **options: Any) -> Self:
+        """Make a cache from a file that `save` wrote.
+
+        Parameters
+        ----------
+        path : path
+            The file.
+        with_data : bool
+            Read the blocks' contents. Without, they are zeros and yours to fill in.
+        options
+            Arguments of the constructor that shall be others than they were: a larger
+            `num_blocks`, `device`, limits. One that tells what the blocks look like must be as it
+            was.
+
+        Returns
+        -------
+        KVCache
+
+        Raises
+        ------
+        SnapshotError
+            If the file is cut short, damaged, not a snapshot, of a newer version, hostile, or of
+            a cache that differs from what `options` say.
+        OSError
+            If it cannot be read.
+        ImportError
+            As `save`.
+        """
+        return snapshot.load(cls, path, with_data, **options)
+
+    def read_blocks(self, ids: Any, out: Array | None = None, *, group: int = 0) -> Array:
+        """Copy blocks to a buffer, a row of bytes each: all layers of a block are contiguous.
+
+        Parameters
+        ----------
+        ids : sequence of int, or integer array ``[n]``
+            Blocks of the group, held by a sequence or pinned, so that nobody else gets them.
+        out : array, optional
+            uint8 ``[n, nbytes]``, writable, any strides.
+        group : int
+            The layer group. With one group ``nbytes`` is `block_nbytes`.
+
+        Returns
+        -------
+        array
+            uint8 ``[n, nbytes]``: `out`, or a new one.
+
+        Raises
+        ------
+        InvalidBlockError
+            If an id is out of range.
+        ValueError, TypeError
+            If another argument is wrong.
+        """
+        return tiers.read_blocks(self, ids, out, group)
+
+    def insert_prefix(
+        self, token_ids: Any, data: Any, salt: bytes | str | None = None, *, priority: int = 0
+    ) -> int:
+        """Put computed blocks of a prefix into the prefix cache, from a buffer.
+
+        Blocks that are cached already stay as they are. The others are taken, filled, and found by
+        others when all of them are: where `data` fails on the way, nothing is published.
+
+        Parameters
+        ----------
+        token_ids : sequence of int, or int32 or int64 array ``[num_tokens]``
+            The tokens from the start of a sequence on; whole blocks of them count.
+        data : array, bytes, or iterable of buffers
+            uint8 ``[num_tokens // block_size, nbytes]``, or an iterable that gives a buffer of
+            `nbytes` for each block, so that they can come one after the other. A row has the
+            layout of `read_blocks`; with several layer groups, their rows one after the other, of
+            which those that a window has passed are not read.
+        salt, priority
+            As in `add_sequence`.
+
+        Returns
+        -------
+        int
+            Tokens of the prefix that are cached now.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If there are too few blocks, or the reserve (`watermark`) would be taken.
+        ValueError, TypeError
+            If `data` has another size, a number is out of range, or there is no place for one
+            sequence more, which holds the blocks meanwhile (`max_sequences`).
+        """
+        return tiers.insert_prefix(self, token_ids, data, salt, priority)
+
+    def suspend(self, sequence_id: int) -> tiers.SuspendedSequence:
+        """Move a sequence to host memory, to make room for others; `resume` brings it back.
+
+        Its blocks are given up as by `free`. Its batches are stale.
+
+        Raises
+        ------
+        UnknownSequenceError
+            If the sequence is not in the cache.
+        """
+        return tiers.suspend(self, sequence_id)
+
+    def resume(self, sequence_id: int, buffer: tiers.SuspendedSequence) -> int:
+        """Bring a suspended sequence back, under this id, as it was.
+
+        What of its prefix is still cached is shared, the rest is copied. After a
+        `reset_prefix_cache`, and in another cache than it was suspended in, it shares nothing, as
+        the model's weights may be others.
+
+        Returns
+        -------
+        int
+            Tokens that were found in the cache.
+
+        Raises
+        ------
+        OutOfBlocksError
+            If there are too few blocks.
+        ValueError, TypeError
+            If the id is in use, `max_sequences` are there already, or `buffer` is no sequence of
+            such a cache.
+        """
+        return tiers.resume(self, sequence_id, buffer)
+
+    def __reduce__(self) -> Any:
+        """Refuse: the contents belong in a file of their own."""
+        raise TypeError(f"cannot pickle {type(self).__name__}: use save and load")

@@ -6,6 +6,10 @@ from rocmforge.cache_group cimport CacheGroup
 from rocmforge.prefix_cache cimport PrefixCache
 
 
+cdef enum:
+    ROOT_UNSET = -2  # no token was given yet, so that the sequence needs no space
+
+
 cdef struct Sequence:
     int64_t length      # tokens that have a slot
     int64_t committed   # tokens whose keys and values are written, from the start on
@@ -35,6 +39,8 @@ cdef class KVCacheManager:
     cdef uint64_t plannings                  # batches planned so far
     cdef uint64_t changes                    # state changes so far
     cdef uint64_t batches                    # serial of the newest batch
+    cdef int64_t prompt_tokens, hit_tokens   # given to add_sequence, and found by it, so far
+    cdef int64_t copied_blocks               # by copy-on-write, so far
 
     cdef int32_t require(self, object sequence_id) except -2
     cdef int reserve_sequence(self) except -1

@@ -11,24 +11,28 @@ from rocmforge._core cimport (
     RF_NUM_PRIORITIES, RF_OK, as_int, as_int_array, as_sequence_id, as_tokens, plain_int, rf_alloc,
     rf_block, rf_block_pool, rf_block_pool_drop, rf_block_pool_hold, rf_block_pool_num_available,
     rf_block_pool_pin, rf_block_pool_unpin, rf_free, rf_id_map, rf_id_map_find,
-    rf_prefix_index_attach, rf_prefix_index_block, rf_prefix_index_node, rf_prefix_index_step,
-    rf_prefix_index_unuse, rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
+    rf_prefix_index_block, rf_prefix_index_node, rf_prefix_index_step, rf_prefix_index_unuse,
+    rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
 from rocmforge.batch cimport Batch, BatchGroup, Item, new_batch
 from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup, new_group
 from rocmforge.page_table cimport BlockList
 from rocmforge.prefix_cache cimport new_prefix_cache, salt_key
 
+import copyreg
+
 import numpy as np
 
 from rocmforge.errors import OutOfBlocksError, UnknownSequenceError
 from rocmforge.layer_group import LayerGroup
-from rocmforge.stats import CacheStats
 
 cnp.import_array()
 
 cdef enum:
-    ROOT_UNSET = -2  # no token was given yet, so that the sequence needs no space
     SLOTS_UNSET = -1
+
+# what __init__ takes besides the pools
+OPTIONS = ("block_size", "kernel_block_size", "max_sequences", "max_seq_len", "prefix_caching",
+           "watermark", "max_pinned_blocks")
 
 
 cdef class KVCacheManager:
@@ -341,6 +345,8 @@ cdef class KVCacheManager:
                 group.mark(row, 0)
                 g += 1
             sequence.length = sequence.committed = found * self.block_size
+        self.prompt_tokens += n
+        self.hit_tokens += found * self.block_size
         return found * self.block_size
 
     def fork(self, parent, child):
@@ -569,6 +575,49 @@ cdef class KVCacheManager:
         return self.block_size * self.prefixes.match(
             root, <const int32_t *> cnp.PyArray_DATA(tokens), (n - 1) // self.block_size)
 
+    def can_add(self, token_ids, salt=None, *, length=None):
+        """Whether `add_sequence` and an `append` behind it would find all blocks that they need.
+
+        Changes nothing, so that a scheduler can ask for a prompt before it lets it in.
+
+        Parameters
+        ----------
+        token_ids : sequence of int, or int32 or int64 array ``[n]``
+            A prompt.
+        salt : bytes or str, optional
+            As in `add_sequence`.
+        length : int, optional
+            Tokens that the sequence shall have slots for; those of the prompt when not given.
+
+        Raises
+        ------
+        ValueError
+            If a number is out of range.
+        """
+        cdef cnp.ndarray tokens = as_tokens(token_ids, "token_ids")
+        cdef int64_t n = cnp.PyArray_SIZE(tokens), found = 0, needed, available, i
+        cdef int64_t limit = INT32_MAX if self.max_seq_len is None else self.max_seq_len
+        cdef int64_t end = as_int(n if length is None else length, "length", 0, limit)
+        cdef int32_t root = self.prefixes.root_of(salt_key(salt), False), g = 0
+        cdef CacheGroup group
+        if (self.max_sequences is not None
+                and self.first.page_table.map.num_ids >= self.max_sequences):
+            return False
+        if root >= 0 and n:
+            self.prefixes.reserve_nodes(n // self.block_size)
+            found = self.prefixes.match(
+                root, <const int32_t *> cnp.PyArray_DATA(tokens), (n - 1) // self.block_size)
+        needed = (end + self.block_size - 1) // self.block_size - found
+        for group in self.groups:
+            available = rf_block_pool_num_available(&group.allocator.pool) - self.watermark
+            for i in range(group.first_needed(found * self.block_size), found):
+                # what is found and nobody holds is no longer there to be taken
+                available -= group.allocator.pool.blocks[self.prefixes.block(i, g)].ref_count == 0
+            if needed > 0 and needed > available:
+                return False
+            g += 1
+        return True
+
     def pin(self, token_ids, salt=None):
         """Hold the cached blocks of a prefix, so that they are not evicted.
 
@@ -695,14 +744,14 @@ cdef class KVCacheManager:
                 sequence.tokens + <int64_t> sequence.chained * self.block_size)
             if node == RF_NO_NODE:
                 return
+            self.prefixes.named(node)
             g = 0
             for group in self.groups:
                 block = group.page_table.lists[row].ids[sequence.chained]
                 if (block != RF_NO_BLOCK
                         and rf_prefix_index_block(&self.prefixes.index, node, g) == RF_NO_BLOCK
                         and rf_prefix_index_node(&self.prefixes.index, g, block) == RF_NO_NODE):
-                    rf_prefix_index_attach(&self.prefixes.index, node, g, block)
-                    group.allocator.pool.blocks[block].flags |= RF_BLOCK_CACHED
+                    self.prefixes.attach(node, g, block)
                 g += 1
             sequence.chain = node
             sequence.chained += 1
@@ -1018,6 +1067,7 @@ cdef class KVCacheManager:
                 source = blocks.ids[index]
                 if pool.blocks[source].ref_count > 1:
                     self.prefixes.take(g, 1, &blocks.ids[index])
+                    self.copied_blocks += 1
                     rf_block_pool_drop(pool, &source, 1, RF_KEEP_CACHED, 0)
                     group.mark(item.row, <int32_t> index)
                     for k in range(group.ratio):
@@ -1161,31 +1211,47 @@ cdef class KVCacheManager:
 
     # ---- looking ----
 
+    def enable_events(self, capacity=65536, *, seed="0", medium=None):
+        """Keep events of blocks that are stored in the prefix cache or removed, for `take_events`.
+
+        What is cached already counts as stored now. Once more, it begins anew.
+
+        Parameters
+        ----------
+        capacity : int
+            The most events that wait, 1 .. 2**30, a block each; beyond it the oldest are lost.
+        seed : str
+            The value of ``PYTHONHASHSEED`` that the engines run with whose hashes are compared.
+        medium : str, optional
+            What the events call this tier; vLLM's is "GPU".
+        """
+        cdef int32_t most = <int32_t> as_int(capacity, "capacity", 1, 1 << 30)
+        if not isinstance(seed, str):
+            raise TypeError(f"seed: expected a str, got {type(seed).__name__}")
+        if not self.prefix_caching:
+            raise ValueError("enable_events: the cache was made without prefix_caching")
+        self.prefixes.enable_events(most, seed, medium)
+
+    def take_events(self):
+        """The events since the last call, oldest first.
+
+        Returns
+        -------
+        list of BlockStored, BlockRemoved or AllBlocksCleared
+            As in `rocmforge.events`; empty where events are not enabled.
+        """
+        return self.prefixes.events.take() if self.prefixes.events is not None else []
+
+    @property
+    def lost_events(self):
+        """Events that were dropped because nobody took them: a picture made of them is wrong."""
+        return self.prefixes.events.lost if self.prefixes.events is not None else 0
+
     def stats(self):
-        """Counts of blocks, sequences and tokens, as `CacheStats`. O(num_blocks)."""
-        cdef int32_t row, block
-        cdef int64_t total = 0, used = 0, available = 0, cached = 0, pinned = 0
-        cdef int64_t shared = 0, references = 0, tokens = 0, slots = 0
-        cdef rf_block_pool *pool
-        cdef CacheGroup group
-        for group in self.groups:
-            pool = &group.allocator.pool
-            total += pool.num_blocks
-            used += pool.num_blocks - rf_block_pool_num_available(pool)
-            available += rf_block_pool_num_available(pool)
-            cached += pool.num_kept
-            pinned += pool.num_pinned
-            for block in range(pool.num_blocks):
-                shared += pool.blocks[block].ref_count > 1
-                references += pool.blocks[block].ref_count - pool.blocks[block].pins
-        for row in range(self.first.page_table.map.num_rows):
-            tokens += self.sequences[row].length
-            slots += (self.sequences[row].length + self.block_size - 1) // self.block_size
-        return CacheStats(
-            block_size=self.block_size, num_blocks=total, used_blocks=used, free_blocks=available,
-            cached_blocks=cached, pinned_blocks=pinned, shared_blocks=shared,
-            references=references, num_sequences=self.first.page_table.map.num_ids,
-            num_tokens=tokens, num_slots=slots * self.block_size)
+        """What the cache holds and what it did so far, as `CacheStats`; O(num_blocks), when asked.
+        """
+        from rocmforge.manager_stats import collect
+        return collect(self)
 
     def check_integrity(self):
         """Prove that page tables, block pools, block tables and the prefix index agree.
@@ -1197,6 +1263,25 @@ cdef class KVCacheManager:
         """
         from rocmforge.integrity import check_manager
         check_manager(self)
+
+    def __reduce__(self):
+        """Pickle the sequences, the blocks and the prefix cache; no batch, as those are of a step.
+
+        The copy decides as the original would have gone on to. Its first batch's table delta has
+        all entries of the block table.
+        """
+        from rocmforge.saved_state import dump
+        return copyreg.__newobj__, (type(self),), (*dump(self), getattr(self, "__dict__", None))
+
+    def __setstate__(self, state):
+        from rocmforge.saved_state import restore
+        numbers, arrays, attributes = state
+        options = {name: numbers[name] for name in OPTIONS}
+        groups = [LayerGroup(**group) for group in numbers["groups"]]
+        KVCacheManager.__init__(self, groups=groups, **options)
+        restore(self, numbers, arrays)
+        if attributes:
+            self.__dict__.update(attributes)
 
     def __len__(self):
         return self.first.page_table.map.num_ids

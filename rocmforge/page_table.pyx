@@ -585,6 +585,10 @@ cdef class PageTable:
             other.append(sequence_id, self.lists[row].ids, self.lists[row].num)
         return other
 
+    def __reduce__(self):
+        from rocmforge.saved_state import dump_page_table, load_page_table
+        return load_page_table, dump_page_table(self)
+
     def __copy__(self):
         return self.copy()
 

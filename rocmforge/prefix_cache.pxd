@@ -2,6 +2,7 @@ cimport cython
 from libc.stdint cimport int32_t, int64_t
 
 from rocmforge._core cimport rf_prefix_index
+from rocmforge.event_log cimport EventLog
 
 cdef object salt_key(object salt)
 
@@ -14,15 +15,22 @@ cdef class PrefixCache:
     cdef bint is_ready           # the index was needed and has its memory
     cdef int32_t unsalted        # root of the space of no salt
     cdef dict salts              # bytes, or None for no salt -> root
+    cdef EventLog events         # None where nobody wants them
+    cdef int64_t resets          # how often everything was forgotten
     cdef int salts_limit         # unused roots are dropped when there are more
     cdef int32_t *nodes          # [nodes_capacity] the nodes that `match` walked
     cdef int64_t nodes_capacity
 
     # Making room may fail and then changes nothing; what is noexcept runs nobody's code.
+    cdef int make_index(self) except -1
     cdef int require(self) except -1
     cdef int sweep_salts(self) except -1
     cdef int reserve_nodes(self, int64_t n) except -1
     cdef int32_t root_of(self, object key, bint create) except -2
+    cdef int enable_events(self, int32_t capacity, str seed, object medium) except -1
+    cdef void named(self, int32_t node) noexcept
+    cdef void attach(self, int32_t node, int32_t group, int32_t block) noexcept
+    cdef void detach(self, int32_t group, int32_t block) noexcept
     cdef int64_t match(self, int32_t root, const int32_t *tokens, int64_t limit) noexcept
     cdef int32_t block(self, int64_t i, int32_t g) noexcept
     cdef void unlink_block(self, int32_t group, int32_t block) noexcept

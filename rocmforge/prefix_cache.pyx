@@ -3,18 +3,25 @@
 """What the cached blocks of all groups hold: the prefix index, and the spaces of its salts."""
 
 cimport cython
+cimport numpy as cnp
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.string cimport memset
 
 from rocmforge._core cimport (
     RF_BLOCK_CACHED, RF_BLOCK_KEPT, RF_NO_BLOCK, RF_NO_NODE, RF_OK, rf_block,
     rf_block_pool, rf_block_pool_allocate, rf_block_pool_forget, rf_block_pool_take_evicted,
-    rf_block_pool_unpin, rf_free, rf_prefix_index_add_root, rf_prefix_index_block,
-    rf_prefix_index_detach, rf_prefix_index_drop_root, rf_prefix_index_free, rf_prefix_index_init,
-    rf_prefix_index_use, rf_prefix_index_walk, rf_realloc)
+    rf_block_pool_unpin, rf_free, rf_prefix_index_add_root, rf_prefix_index_attach,
+    rf_prefix_index_block, rf_prefix_index_detach, rf_prefix_index_drop_root, rf_prefix_index_free,
+    rf_prefix_index_init, rf_prefix_index_order, rf_prefix_index_use, rf_prefix_index_walk,
+    rf_realloc)
 from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup
+from rocmforge.event_log cimport EventLog, new_event_log
 
 import os
+
+import numpy as np
+
+cnp.import_array()
 
 
 cdef object salt_key(object salt):
@@ -45,15 +52,12 @@ cdef class PrefixCache:
         if self.is_ready:
             rf_prefix_index_free(&self.index)
 
-    cdef int require(self) except -1:
-        """Give the index its memory when it is first needed."""
+    cdef int make_index(self) except -1:
+        """Give the index its memory; it has no node yet."""
         cdef int32_t[MAX_GROUPS] sizes
         cdef int32_t g = 0
-        cdef uint64_t seed
+        cdef uint64_t seed = int.from_bytes(os.urandom(8), "little")
         cdef CacheGroup group
-        if self.is_ready:
-            return 0
-        seed = int.from_bytes(os.urandom(8), "little")
         if self.is_ready:  # urandom let another thread in
             return 0
         for group in self.groups:
@@ -61,6 +65,15 @@ cdef class PrefixCache:
             g += 1
         if rf_prefix_index_init(&self.index, self.block_size, g, sizes, seed) != RF_OK:
             raise MemoryError("no memory for the prefix index")
+        return 0
+
+    cdef int require(self) except -1:
+        """Make the index when it is first needed."""
+        if self.is_ready:
+            return 0
+        self.make_index()
+        if self.is_ready:
+            return 0
         # The space of no salt is in use for ever. A new index has nodes, so that this cannot fail.
         self.unsalted = rf_prefix_index_add_root(&self.index)
         rf_prefix_index_use(&self.index, self.unsalted)
@@ -82,7 +95,60 @@ cdef class PrefixCache:
         root = rf_prefix_index_add_root(&self.index)
         if root != RF_NO_NODE:
             self.salts[key] = root
+            if self.events is not None:
+                self.events.add_root(root, key)
         return root
+
+    cdef int enable_events(self, int32_t capacity, str seed, object medium) except -1:
+        """Begin a log, with what is cached already as stored just now."""
+        cdef EventLog log
+        cdef int32_t node, root, g, block
+        cdef cnp.ndarray order, place
+        cdef int32_t *ordered
+        self.require()
+        while True:
+            salts = dict(self.salts)
+            log = new_event_log(&self.index, capacity, seed, medium)
+            order = np.empty(self.index.num_nodes, np.int32)
+            place = np.empty(self.index.next_fresh, np.int32)
+            for salt, root in salts.items():
+                log.add_root(root, salt)
+            # making objects may have run other code
+            if (salts == self.salts and len(order) == self.index.num_nodes
+                    and len(place) == self.index.next_fresh):
+                break
+        ordered = <int32_t *> cnp.PyArray_DATA(order)
+        for i, root in enumerate(salts.values()):
+            ordered[i] = root
+        rf_prefix_index_order(&self.index, <int32_t> len(salts), ordered,
+                              <int32_t *> cnp.PyArray_DATA(place))
+        for i in range(len(salts), len(order)):
+            node = ordered[i]
+            log.name(&self.index, node)
+            for g in range(self.index.num_groups):
+                block = rf_prefix_index_block(&self.index, node, g)
+                if block != RF_NO_BLOCK:
+                    log.stored(&self.index, g, node)
+        self.events = log
+        return 0
+
+    cdef void named(self, int32_t node) noexcept:
+        """A node was made, or found again."""
+        if self.events is not None:
+            self.events.name(&self.index, node)
+
+    cdef void attach(self, int32_t node, int32_t group, int32_t block) noexcept:
+        """Say that a block holds a node's content: it is worth keeping."""
+        cdef CacheGroup owner = self.groups[group]
+        rf_prefix_index_attach(&self.index, node, group, block)
+        owner.allocator.pool.blocks[block].flags |= RF_BLOCK_CACHED
+        if self.events is not None:
+            self.events.stored(&self.index, group, node)
+
+    cdef void detach(self, int32_t group, int32_t block) noexcept:
+        if self.events is not None:
+            self.events.removed(&self.index, group, block)
+        rf_prefix_index_detach(&self.index, group, block)
 
     cdef int sweep_salts(self) except -1:
         """Drop the spaces that nothing uses, once there are twice as many as were left last time:
@@ -148,7 +214,7 @@ cdef class PrefixCache:
     cdef void unlink_block(self, int32_t group, int32_t block) noexcept:
         """Take a block out of the prefix index; it is no longer worth keeping."""
         cdef CacheGroup owner = self.groups[group]
-        rf_prefix_index_detach(&self.index, group, block)
+        self.detach(group, block)
         owner.allocator.pool.blocks[block].flags &= ~RF_BLOCK_CACHED
 
     cdef void take(self, int32_t g, int32_t n, int32_t *ids) noexcept:
@@ -159,7 +225,7 @@ cdef class PrefixCache:
         rf_block_pool_allocate(pool, n, ids)
         if pool.num_evicted:
             for i in range(pool.num_evicted):
-                rf_prefix_index_detach(&self.index, g, pool.evicted[i])
+                self.detach(g, pool.evicted[i])
             rf_block_pool_take_evicted(pool, pool.evicted)
 
     cdef int64_t forget_all(self) noexcept:
@@ -171,6 +237,7 @@ cdef class PrefixCache:
         cdef int64_t count = 0
         cdef rf_block *b
         cdef CacheGroup group
+        self.resets += 1
         for group in self.groups:
             for block in range(group.allocator.pool.num_blocks):
                 b = &group.allocator.pool.blocks[block]
@@ -179,10 +246,13 @@ cdef class PrefixCache:
                 count += 1
                 while b.pins:
                     rf_block_pool_unpin(&group.allocator.pool, block)
-                self.unlink_block(g, block)
+                rf_prefix_index_detach(&self.index, g, block)
+                b.flags &= ~RF_BLOCK_CACHED
                 if b.flags & RF_BLOCK_KEPT:
                     rf_block_pool_forget(&group.allocator.pool, block)
             g += 1
+        if self.events is not None:
+            self.events.cleared()
         return count
 
 

@@ -1,8 +1,6 @@
 """KVCacheManager: sequences over shared blocks, and the batches that extend them."""
 
-import copy
 import gc
-import pickle
 import sys
 import threading
 from functools import partial
@@ -512,13 +510,6 @@ def test_a_copy_of_the_page_table_is_writable():
     assert table == manager.page_table
     table.append_block(1, 5)
     assert table != manager.page_table
-
-
-@pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])
-def test_a_manager_cannot_be_copied(how):
-    manager = manager_of({1: 6})
-    with raises_unchanged(manager, TypeError, "cannot pickle"):
-        how(manager)
 
 
 # ---- bad input: the message, and nothing changed ----

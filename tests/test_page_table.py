@@ -1,7 +1,6 @@
 """PageTable: (sequence id, token position) -> (block id, offset)."""
 
 import copy
-import pickle
 import subprocess
 import sys
 from array import array
@@ -468,11 +467,6 @@ def test_copies_are_independent(duplicate):
     assert table == table_of({1: [10, 11], LARGEST_ID: []}, block_size=8)
     del table
     assert other.block_ids(1).tolist() == [10, 11, 12]
-
-
-def test_pickle_is_refused():
-    with pytest.raises(TypeError, match="cannot pickle"):
-        pickle.dumps(PageTable())
 
 
 # ---- memory ----

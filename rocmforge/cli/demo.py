@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rocmforge.cli.console import CommandError, Progress
+from rocmforge.cli.console import CommandError, Progress, not_negative, positive
 
 if TYPE_CHECKING:
     from rocmforge.cli.gguf_llama import LlamaWeights
@@ -27,24 +27,6 @@ QUESTIONS = (
     "Give me one tip for learning to cook.",
 )
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-def _positive(text: str) -> int:
-    return _integer(text, 1)
-
-
-def _not_negative(text: str) -> int:
-    return _integer(text, 0)
-
-
-def _integer(text: str, lowest: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = lowest - 1
-    if not lowest <= value <= 2**31 - 1:
-        raise argparse.ArgumentTypeError(f"an integer from {lowest} up is needed, not {text!r}")
-    return value
 
 
 def _temperature(text: str) -> float:
@@ -85,10 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the system prompt that all questions share; empty for none",
     )
     parser.add_argument(
-        "--max-new-tokens", type=_positive, default=64, metavar="N", help="cut answers here (64)"
+        "--max-new-tokens", type=positive, default=64, metavar="N", help="cut answers here (64)"
     )
     parser.add_argument(
-        "--block-size", type=_positive, default=16, metavar="N", help="tokens a block (16)"
+        "--block-size", type=positive, default=16, metavar="N", help="tokens a block (16)"
     )
     parser.add_argument(
         "--dtype",
@@ -97,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed",
-        type=_not_negative,
+        type=not_negative,
         metavar="N",
         help="choose tokens at random, the same way for the same seed (default: the likeliest)",
     )
