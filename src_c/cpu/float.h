@@ -68,6 +68,8 @@ RF_INLINE void widened(rf_wide *w, const rf_phase *x, const void *base, int64_t 
     w->phase = (rf_phase){base, w->off, {NULL, 0}, x->n, dim};
 }
 
+#define RF_KNOWN_DIM(T, dim) (RF_W > 4 && sizeof(T) > 1 ? (dim) : 0)
+
 #define T           float
 #define NAME(x)     x##_f32
 #define RF_IS_FLOAT 1

@@ -66,12 +66,12 @@ RF_INLINE void NAME(qk_rows)(const float *q, int64_t ldq, rf_phase x, int dim, i
     }
 }
 
-/* The common head sizes get loops of known length. */
+/* The common head sizes get loops of known length, where that is worth its time to compile. */
 static void NAME(qk_few)(const void *query, int64_t ldq, const rf_phase *x, int64_t rows,
                          float factor, float *s) {
     const float *q = query;
     const vf f = vf_set1(factor);
-    switch (x->dim) {
+    switch (RF_KNOWN_DIM(T, x->dim)) {
     case 64: NAME(qk_rows)(q, ldq, *x, 64, 1, rows, f, s); break;
     case 128: NAME(qk_rows)(q, ldq, *x, 128, 1, rows, f, s); break;
     default: NAME(qk_rows)(q, ldq, *x, x->dim, 0, rows, f, s); break;
@@ -148,7 +148,7 @@ RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const 
 
 static void NAME(pv)(float *acc, int64_t lda, const float *alpha, const float *p, int64_t rs,
                      int64_t ts, const rf_phase *x, int64_t rows) {
-    switch (x->dim) {
+    switch (RF_KNOWN_DIM(T, x->dim)) {
     case 64: NAME(pv_rows)(acc, lda, alpha, p, rs, ts, *x, 64, 1, rows); break;
     case 128: NAME(pv_rows)(acc, lda, alpha, p, rs, ts, *x, 128, 1, rows); break;
     default: NAME(pv_rows)(acc, lda, alpha, p, rs, ts, *x, x->dim, 0, rows); break;
