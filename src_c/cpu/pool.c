@@ -150,7 +150,7 @@ int rf_pool_ready(rf_pool *p, int64_t tasks) {
     int want = rf_pool_threads(p) - 1;
     if (p->started > want) stop_workers(p);
     if (tasks - 1 < want) want = tasks > 0 ? (int)(tasks - 1) : 0;
-    if (p->started >= want) return want + 1;
+    if (p->started >= want) return p->started + 1; /* any of those may take a task */
     if (want > p->capacity) {
         pthread_t *ids = rf_realloc(p->ids, (size_t)want * sizeof *ids);
         if (!ids) return p->started + 1;

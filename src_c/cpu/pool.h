@@ -56,7 +56,8 @@ int64_t rf_pool_busy_ns(const rf_pool *p);
 int rf_pool_enter(rf_pool *p);
 void rf_pool_leave(rf_pool *p);
 
-/* Threads that a region of that many tasks can have: starts the missing ones. For an owner. */
+/* Starts the workers that a region of that many tasks lacks. Returns how many there are with the
+ * caller: any of them may take tasks, more than the region needs, too. For an owner. */
 int rf_pool_ready(rf_pool *p, int64_t tasks);
 
 /* fn(arg, i, worker) for i in 0 .. tasks - 1, taken in ascending order; tasks < 2^32. For an owner,
