@@ -71,6 +71,9 @@ cdef class DeviceArray:
     dtype : numpy.dtype
     """
 
+    def __init__(self, *args, **kwargs):
+        raise TypeError("a DeviceArray is made by empty, zeros or from_numpy of rocmforge.hip")
+
     @property
     def shape(self):
         return (<object>self._array).shape

@@ -8,7 +8,8 @@ from libc.stdint cimport int32_t, int64_t
 from rocmforge.ops cimport _cpu
 from rocmforge.ops._arguments cimport as_scale, read_blocks, read_write
 from rocmforge.ops._arrays cimport (
-    apart, as_array, as_int32s, bad_shape, hip_operations, host_only, is_nhd, shape_text, wide_dtype, writable)
+    apart, as_array, as_int32s, bad_shape, hip_operations, host_only, is_nhd, shape_text,
+    wide_dtype, writable)
 from rocmforge.ops._params cimport rf_copy_params, rf_write_params
 
 import numpy as np

@@ -184,3 +184,5 @@ def test_arrays(device, rng):
         array[np.array([1])]
     with pytest.raises(ValueError, match="copy_from"):
         array.copy_from(host[:2])
+    with pytest.raises(TypeError, match="made by empty"):
+        hip.DeviceArray()
