@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +25,34 @@ from rocmforge.pools import (
     group_of_layers,
     make_pools,
     read_scales,
+    zeros,
 )
 from rocmforge.prefix_attention import attend_with_prefix, is_worthwhile
+
+if TYPE_CHECKING:
+    from rocmforge.hip import Device
+    from rocmforge.hip.mirror import Mirror
 
 __all__ = ["KVCache"]
 
 Array = npt.NDArray[Any]
+
+
+def _place(device: str) -> Device | None:
+    """The HIP device of that name; None: the CPU."""
+    if not isinstance(device, str):
+        raise TypeError(f"device: expected a str, got {type(device).__name__}")
+    if device == "cpu":
+        return None
+    from rocmforge import hip
+
+    if device == "auto":
+        return hip.default_device()[0]
+    if device.partition(":")[0] != "hip":
+        raise DeviceError(f'device: expected "auto", "cpu" or "hip:0", got {device!r}')
+    found = hip.get_device(device)
+    found.code_object()  # or says what is missing, before anything is allocated
+    return found
 
 
 class KVCache(KVCacheManager):
@@ -67,7 +90,12 @@ class KVCache(KVCacheManager):
         Order of heads and tokens within a block: ``[num_kv_heads, block_size, head_dim]`` or
         ``[block_size, num_kv_heads, head_dim]``.
     device : str
-        "cpu", or "auto", which takes the best device at hand: in this version the CPU.
+        "cpu", "hip" or "hip:1" (a HIP device by its index), or "auto": the first HIP device that a
+        code object was built for, else the CPU.
+    stream : optional
+        The HIP stream that all the cache's work goes to, in any form that `rocmforge.ops` takes;
+        the device's default stream if None. With a device cache, arrays on the device are used
+        where they are; NumPy arrays are copied there, and results back.
     groups : sequence of LayerGroup, optional
         Layers that differ in their window, heads or type, each group with blocks of its own.
         Together their `layers` must be all of the model's.
@@ -104,6 +132,8 @@ class KVCache(KVCacheManager):
     dtype: np.dtype[Any]
     layout: Literal["HND", "NHD"]
     device: str
+    stream: Any
+    _mirror: Mirror | None
     _layers: list[LayerPools]
     _shapes: list[Shape]
     _common: int | None
@@ -123,6 +153,7 @@ class KVCache(KVCacheManager):
         scales: Any = None,
         layout: Literal["HND", "NHD"] = "HND",
         device: str = "auto",
+        stream: Any = None,
         groups: Sequence[LayerGroup] | None = None,
         kernel_block_size: int | None = None,
         max_sequences: int | None = None,
@@ -134,8 +165,9 @@ class KVCache(KVCacheManager):
         num_layers = as_integer("num_layers", num_layers, 1)
         if layout not in ("HND", "NHD"):
             raise ValueError(f'layout: expected "HND" or "NHD", got {layout!r}')
-        if device not in ("auto", "cpu"):
-            raise DeviceError(f'device: expected "auto" or "cpu", got {device!r}')
+        place = _place(device)
+        if place is None and stream is not None:
+            raise ValueError(f"stream: expected None for a cache in host memory, got {stream!r}")
         kind, given = read_scales(scales, num_layers)
         super().__init__(
             num_blocks,
@@ -170,12 +202,18 @@ class KVCache(KVCacheManager):
             )
         owners = group_of_layers(groups, num_layers)
         ratio = self.block_size // self.kernel_block_size
+        self._mirror = None
+        if place is not None:
+            from rocmforge.hip.mirror import Mirror
+
+            self._mirror = Mirror(place, stream, len(self.groups))
         self._layers = [
             make_pools(
                 shapes[owner],
                 owner,
                 self.groups[owner].allocator.num_blocks * ratio,
                 self.kernel_block_size,
+                zeros if self._mirror is None else self._mirror.zeros,
             )
             for owner in owners
         ]
@@ -190,7 +228,8 @@ class KVCache(KVCacheManager):
         self.latent_dim = first.v_head_dim if first.latent else None
         self.dtype = first.dtype
         self.layout = layout
-        self.device = "cpu"
+        self.device = "cpu" if place is None else str(place)
+        self.stream = stream
         for layer, pair in enumerate(given):
             if pair is not None:
                 self.set_scales(layer, *pair)
@@ -264,7 +303,7 @@ class KVCache(KVCacheManager):
             "max_pinned_blocks": self.max_pinned_blocks,
         }
 
-    def k_cache(self, layer: int) -> Array:
+    def k_cache(self, layer: int) -> Any:
         """The keys of a layer: ``[num_blocks, num_kv_heads, block_size, head_dim]`` in layout HND.
 
         A view, for as long as the cache lives. In layout NHD the second and third dimension change
@@ -272,7 +311,7 @@ class KVCache(KVCacheManager):
         """
         return self._layer(layer).keys
 
-    def v_cache(self, layer: int) -> Array:
+    def v_cache(self, layer: int) -> Any:
         """The values of a layer, as `k_cache`; in a latent cache a part of the keys."""
         return self._layer(layer).read_values
 
@@ -313,6 +352,8 @@ class KVCache(KVCacheManager):
         k_scale = as_head_scale(k_scale, shape.num_kv_heads, "k_scale")
         if not shape.latent:
             v_scale = as_head_scale(v_scale, shape.num_kv_heads, "v_scale")
+        if self._mirror is not None:
+            k_scale, v_scale = self._mirror.on_device(k_scale), self._mirror.on_device(v_scale)
         pools.k_scale, pools.v_scale = k_scale, v_scale
 
     def calibrate(self, layer: int, key: Array, value: Array | None) -> None:
@@ -333,7 +374,7 @@ class KVCache(KVCacheManager):
         dtype = self._shapes[self._layer(layer).group].dtype
         self.set_scales(layer, *ops.calibrate(key, value, dtype))
 
-    def block_data(self, layer: int, block_id: int) -> tuple[Array, Array]:
+    def block_data(self, layer: int, block_id: int) -> tuple[Any, Any]:
         """The keys and values of one block of a layer: two views of the shape of a block.
 
         With a smaller kernel block they have one dimension more: the kernel blocks.
@@ -356,20 +397,27 @@ class KVCache(KVCacheManager):
     def append(
         self, sequence_ids: Any, num_tokens: Any, token_ids: Any = None, *, out: Batch | None = None
     ) -> Batch:
-        """Reserve slots as `KVCacheManager.append`, and copy the shared blocks it will write to."""
+        """Reserve slots as `KVCacheManager.append`, and copy the shared blocks it will write to.
+
+        On a device those copies, the table's changes and the batch's arrays are enqueued; should
+        that fail, the batch's first use tries again, and raises if it must.
+        """
         with self._moving:
             batch = super().append(sequence_ids, num_tokens, token_ids, out=out)
             self._common = None
+            if self._mirror is not None:
+                self._mirror.note(batch)
+                with contextlib.suppress(DeviceError):
+                    self._mirror.update(self.groups, batch, self._pools_of)
+                return batch
             for group, part in enumerate(batch.groups):
                 if len(part.copies):
-                    pools = [
-                        pool
-                        for layer in self._layers
-                        if layer.group == group
-                        for _, pool in layer.each()
-                    ]
-                    ops.copy_blocks(pools, part.copies)
+                    ops.copy_blocks(self._pools_of(group), part.copies)
         return batch
+
+    def _pools_of(self, group: int) -> list[Any]:
+        """Whatever moves with a group's kernel blocks."""
+        return [pool for layer in self._layers if layer.group == group for _, pool in layer.each()]
 
     def write(self, layer: int, key: Array, value: Array | None, batch: Batch) -> None:
         """Store the keys and values of a batch's new tokens in one layer.
@@ -395,15 +443,22 @@ class KVCache(KVCacheManager):
         """
         pools = self._layer(layer)
         self._check_writable_batch(batch)
+        slots: Any = batch.groups[pools.group].slot_mapping
+        mirror = self._mirror
+        if mirror is not None:
+            mirror.update(self.groups, batch, self._pools_of)
+            key, value = mirror.on_device(key), mirror.on_device(value)
+            slots = mirror.slot_mapping(batch, pools.group)
         ops.write_kv(
             key,
             value,
             pools.keys,
             pools.values,
-            batch.groups[pools.group].slot_mapping,
+            slots,
             k_scale=pools.k_scale,
             v_scale=pools.v_scale,
             layout=self.layout,
+            stream=self.stream,
         )
         pools.written = True
         self._mark_written(batch, layer, self.num_layers)
@@ -474,6 +529,8 @@ class KVCache(KVCacheManager):
             "out": out,
             "return_lse": return_lse,
         }
+        if self._mirror is not None:
+            return self._attend_there(self._mirror, pools, query, batch, options)
         arrays = (
             query,
             pools.keys,
@@ -491,7 +548,40 @@ class KVCache(KVCacheManager):
                 return attend_with_prefix(self._common, *arrays, **options)
         return ops.paged_attention(*arrays, **options)
 
+    def _attend_there(
+        self, mirror: Mirror, pools: LayerPools, query: Any, batch: Batch, options: dict[str, Any]
+    ) -> Any:
+        """`attend` on a device, whose arrays take the places of the batch's own."""
+        mirror.update(self.groups, batch, self._pools_of)
+        out = options["out"]
+        on_host = isinstance(query, np.ndarray)
+        for name in ("alibi_slopes", "sinks", "mask"):
+            options[name] = mirror.on_device(options[name])
+        options |= {
+            "rows": mirror.rows(batch),
+            "out": None if on_host else out,
+            "stream": self.stream,
+        }
+        result: Any = ops.paged_attention(
+            mirror.on_device(query),
+            pools.keys,
+            pools.read_values,
+            mirror.tables[pools.group],
+            mirror.seq_lens(batch),
+            mirror.cu_seqlens_q(batch),
+            **options,
+        )
+        if not on_host:
+            return result
+        if options["return_lse"]:
+            return mirror.on_host(result[0], out), mirror.on_host(result[1])
+        return mirror.on_host(result, out)
+
     # ---- keeping ----
+
+    def _in_host_memory(self, what: str) -> None:
+        if self._mirror is not None:
+            raise DeviceError(f"{what}: not built yet for a cache on {self.device}")
 
     def save(
         self,
@@ -531,6 +621,7 @@ class KVCache(KVCacheManager):
         While it runs, appends of other threads wait. On a terminal a progress bar appears after a
         second.
         """
+        self._in_host_memory("save")
         snapshot.save(self, path, sequences, with_data)
 
     @classmethod
@@ -562,6 +653,8 @@ class KVCache(KVCacheManager):
         ImportError
             As `save`.
         """
+        if options.setdefault("device", "cpu") != "cpu":
+            raise DeviceError(f"load: not built yet for a cache on {options['device']}")
         return snapshot.load(cls, path, with_data, **options)
 
     def read_blocks(self, ids: Any, out: Array | None = None, *, group: int = 0) -> Array:
@@ -588,6 +681,7 @@ class KVCache(KVCacheManager):
         ValueError, TypeError
             If another argument is wrong.
         """
+        self._in_host_memory("read_blocks")
         return tiers.read_blocks(self, ids, out, group)
 
     def insert_prefix(
@@ -623,6 +717,7 @@ class KVCache(KVCacheManager):
             If `data` has another size, a number is out of range, or there is no place for one
             sequence more, which holds the blocks meanwhile (`max_sequences`).
         """
+        self._in_host_memory("insert_prefix")
         return tiers.insert_prefix(self, token_ids, data, salt, priority)
 
     def suspend(self, sequence_id: int) -> tiers.SuspendedSequence:
@@ -635,6 +730,7 @@ class KVCache(KVCacheManager):
         UnknownSequenceError
             If the sequence is not in the cache.
         """
+        self._in_host_memory("suspend")
         return tiers.suspend(self, sequence_id)
 
     def resume(self, sequence_id: int, buffer: tiers.SuspendedSequence) -> int:
@@ -657,6 +753,7 @@ class KVCache(KVCacheManager):
             If the id is in use, `max_sequences` are there already, or `buffer` is no sequence of
             such a cache.
         """
+        self._in_host_memory("resume")
         return tiers.resume(self, sequence_id, buffer)
 
     def __reduce__(self) -> Any:

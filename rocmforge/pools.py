@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,11 +69,11 @@ class LayerPools:
         if self.values is not None:
             yield "value", self.values
         for name, scale in (("key_scale", self.k_scale), ("value_scale", self.v_scale)):
-            if isinstance(scale, np.ndarray) and scale.ndim == 3:
+            if getattr(scale, "ndim", 0) == 3:
                 yield name, scale
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     """An array that begins with a cache line.
 
     Zeros, not empty: the operating system then hands out the pages as they are first written.
@@ -84,8 +84,14 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
     return memory[skip : skip + nbytes].view(dtype).reshape(shape)
 
 
-def make_pools(shape: Shape, group: int, num_blocks: int, block_size: int) -> LayerPools:
-    """Make the pools of one layer, in kernel blocks.
+def make_pools(
+    shape: Shape,
+    group: int,
+    num_blocks: int,
+    block_size: int,
+    zeros: Callable[[tuple[int, ...], np.dtype[Any]], Any] = zeros,
+) -> LayerPools:
+    """Make the pools of one layer, in kernel blocks, by a function that makes arrays of zeros.
 
     Raises
     ------
@@ -94,16 +100,16 @@ def make_pools(shape: Shape, group: int, num_blocks: int, block_size: int) -> La
     """
     inner = (shape.num_kv_heads, block_size)
     outer = (num_blocks, *inner[:: 1 if shape.layout == "HND" else -1])
-    keys = _zeros((*outer, shape.head_dim), shape.dtype)
-    values = None if shape.latent else _zeros((*outer, shape.v_head_dim), shape.dtype)
+    keys = zeros((*outer, shape.head_dim), shape.dtype)
+    values = None if shape.latent else zeros((*outer, shape.v_head_dim), shape.dtype)
     read_values = keys[..., : shape.v_head_dim] if values is None else values
     pools = LayerPools(group, keys, values, read_values)
     if shape.window is not None:
         pools.window_size = (shape.window - 1, -1)
     if shape.scales == "token":
-        pools.k_scale = _zeros((num_blocks, *inner), np.dtype(np.float32))
+        pools.k_scale = zeros((num_blocks, *inner), np.dtype(np.float32))
         if not shape.latent:
-            pools.v_scale = _zeros((num_blocks, *inner), np.dtype(np.float32))
+            pools.v_scale = zeros((num_blocks, *inner), np.dtype(np.float32))
     return pools
 
 

@@ -5,49 +5,66 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
 import rocmforge
+from rocmforge import hip
 from rocmforge.cli import info, main
+from rocmforge.errors import DeviceError
 from rocmforge.ops import _cpu
 
 
+class FakeDevice:
+    """What info asks of a device."""
+
+    name, architecture, compute_units = "Radeon", "gfx1100", 96
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    def code_object(self) -> str:
+        if self.index:
+            raise DeviceError("no code object for gfx1100")
+        return "gfx1100"
+
+
 def fake_hip(monkeypatch: pytest.MonkeyPatch, count: object) -> None:
-    """A stand-in for hip-python whose hipGetDeviceCount gives `count`, or raises it."""
+    """A machine whose HIP runtime has `count` devices, or raises it."""
 
     def device_count() -> object:
         if isinstance(count, Exception):
             raise count
         return count
 
-    def properties(target: SimpleNamespace, index: int) -> tuple[int]:
-        target.name, target.gcnArchName = b"Radeon %d" % index, b"gfx1100"
-        return (0,)
-
-    package = ModuleType("hip")
-    package.hip = SimpleNamespace(  # type: ignore[attr-defined]
-        hipGetDeviceCount=device_count,
-        hipDeviceProp_t=SimpleNamespace,
-        hipGetDeviceProperties=properties,
-    )
-    monkeypatch.setitem(sys.modules, "hip", package)
+    monkeypatch.setattr(hip, "device_count", device_count)
+    monkeypatch.setattr(hip, "get_device", FakeDevice)
 
 
 def test_devices_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_hip(monkeypatch, (0, 2))
+    fake_hip(monkeypatch, 2)
     devices, reason = info.hip_devices()
     assert reason is None
-    assert [device["name"] for device in devices] == ["Radeon 0", "Radeon 1"]
-    assert {device["architecture"] for device in devices} == {"gfx1100"}
+    assert [device["index"] for device in devices] == [0, 1]
+    assert [device["code_object"] for device in devices] == [
+        "gfx1100",
+        "no code object for gfx1100",
+    ]
+
+
+def test_devices_in_the_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake_hip(monkeypatch, 1)
+    assert main(["info"]) == 0
+    assert "Radeon (gfx1100)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("count", "reason"),
     [
-        (RuntimeError("failed to dlopen\n 'libamdhip64.so'"), "failed to dlopen 'libamdhip64.so'"),
-        ((100, 0), "HIP status 100"),
+        (DeviceError("failed to dlopen 'libamdhip64.so'"), "failed to dlopen 'libamdhip64.so'"),
+        (0, "the HIP runtime sees no device"),
     ],
 )
 def test_why_there_are_no_devices(
@@ -57,16 +74,22 @@ def test_why_there_are_no_devices(
     assert info.hip_devices() == ([], reason)
 
 
-def test_without_hip_python(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "hip", None)
-    assert info.hip_devices() == ([], "hip-python is not installed")
-
-
 def test_the_installed_hip_python_is_found() -> None:
     """Whatever this machine has, an installed hip-python is never called missing."""
     pytest.importorskip("hip")
     devices, reason = info.hip_devices()
-    assert devices or reason != "hip-python is not installed"
+    assert devices or "hip-python is not installed" not in reason
+
+
+def test_without_hip_python() -> None:
+    program = (
+        "import sys; sys.modules['hip'] = sys.modules['rocm'] = None\n"
+        "from rocmforge.cli import info; print(info.hip_devices()[1])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, cwd="/"
+    )
+    assert done.stdout.startswith("hip-python is not installed: pip install hip-python")
 
 
 def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -305,7 +305,9 @@ def test_set_scales_rejects(arguments, change, error, message):
         ),
         ({"dtype": "float64"}, ValueError, "dtype must be one of .* got float64"),
         ({"layout": "DHN"}, ValueError, 'layout: expected "HND" or "NHD", got \'DHN\''),
-        ({"device": "hip:7"}, DeviceError, "device: expected"),
+        ({"device": "cuda:7"}, DeviceError, "device: expected"),
+        ({"device": "hip:7"}, DeviceError, "(?i)hip"),  # not there, or no HIP at all
+        ({"device": "cpu", "stream": 1}, ValueError, "stream: expected None"),
         ({"scales": "token"}, ValueError, "scales: expected None for bfloat16"),
         ({"scales": "heads", "dtype": "int8"}, ValueError, 'scales: expected "token", "head"'),
         ({"scales": 1.0, "dtype": "int8"}, TypeError, "scales: expected a str or a sequence"),

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from rocmforge import RocmForgeError, __version__
-from rocmforge.cli import demo, info, replay
+from rocmforge.cli import demo, info, replay, selftest
 from rocmforge.cli.console import CommandError
 
 __all__ = ["main"]
@@ -20,6 +20,7 @@ COMMANDS = {
     "demo": (demo, "answer questions with a real language model through the paged cache"),
     "replay": (replay, "replay a serving trace: what hits and preemptions a pool of a size gives"),
     "info": (info, "show versions, CPU features in use, HIP devices and code objects"),
+    "selftest": (selftest, "compare each operation on a HIP device with the CPU"),
 }
 
 

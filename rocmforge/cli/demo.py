@@ -78,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of keys and values in the cache (bfloat16; with --check float32)",
     )
     parser.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="where the cache is and attention runs: cpu, hip:0, auto (cpu; the rest is NumPy)",
+    )
+    parser.add_argument(
         "--seed",
         type=not_negative,
         metavar="N",
@@ -152,6 +158,7 @@ def run(options: argparse.Namespace) -> int:
             stop_ids=tokenizer.stop_ids,
             block_size=options.block_size,
             dtype=dtype,
+            device=options.device,
             sampling=Sampling(temperature, options.seed or 0),
             keep_logits=options.check,
             on_token=lambda index, token: display.feed(index, detokenizers[index].feed(token)),

@@ -64,6 +64,7 @@ def generate(
     stop_ids: frozenset[int],
     block_size: int,
     dtype: str,
+    device: str = "cpu",
     sampling: Sampling,
     keep_logits: bool = False,
     on_token: Callable[[int, int], None] = lambda index, token: None,
@@ -90,6 +91,8 @@ def generate(
         Tokens a block.
     dtype : str
         Type of keys and values.
+    device : str
+        Where the cache is; the rest of the forward pass is NumPy.
     sampling : Sampling
         How tokens are chosen.
     keep_logits : bool
@@ -107,6 +110,7 @@ def generate(
         _blocks_needed(len(system), list(map(len, questions)), max_new_tokens, block_size),
         block_size,
         dtype,
+        device,
     )
     answers = [Answer(1 + i, [*system, *tokens]) for i, tokens in enumerate(questions)]
     generators = [np.random.default_rng((sampling.seed, i)) for i in range(len(answers))]
@@ -197,7 +201,7 @@ def _blocks_needed(
     return blocks
 
 
-def _make_cache(model: Llama, num_blocks: int, block_size: int, dtype: str) -> KVCache:
+def _make_cache(model: Llama, num_blocks: int, block_size: int, dtype: str, device: str) -> KVCache:
     config = model.config
     try:
         return rocmforge.KVCache(
@@ -207,7 +211,7 @@ def _make_cache(model: Llama, num_blocks: int, block_size: int, dtype: str) -> K
             config.head_dim,
             block_size=block_size,
             dtype=dtype,
-            device="cpu",  # the rest of the forward pass is NumPy
+            device=device,
         )
     except (ValueError, MemoryError) as error:
         raise CommandError(f"the cache does not take this model: {error}") from error

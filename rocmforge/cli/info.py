@@ -4,9 +4,7 @@ import argparse
 import json
 import platform
 import sys
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,11 @@ def run(options: argparse.Namespace) -> int:
     if hip["devices"]:
         for device in hip["devices"]:
             _row(f"HIP device {device['index']}", f"{device['name']} ({device['architecture']})")
+            _row("  code object", device["code_object"])
     else:
         _row("HIP devices", f"none: {hip['reason']}")
     _row("code objects", ", ".join(facts["code_objects"]) or "none built")
+    _row('device="auto"', facts["auto"])
     return 0
 
 
@@ -65,7 +65,16 @@ def collect() -> dict[str, Any]:
         "cpu": {"model": cpu_model(), "isa": _cpu.isa(), "threads": get_num_threads()},
         "hip": {"devices": devices, "reason": reason},
         "code_objects": code_objects(),
+        "auto": automatic(),
     }
+
+
+def automatic() -> str:
+    """Say what ``device="auto"`` takes, and why."""
+    from rocmforge import hip
+
+    device, reason = hip.default_device()
+    return str(device) if device is not None else f"cpu ({reason})"
 
 
 def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -83,34 +92,34 @@ def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
 
 def hip_devices() -> tuple[list[dict[str, Any]], str | None]:
     """Give the HIP devices, and if there are none, why."""
+    from rocmforge import hip
+    from rocmforge.errors import DeviceError
+
     try:
-        # `from hip import hip` of hip-python 7 and 10: in 10 there is no module hip.hip
-        hip = import_module("hip").hip
-    except (ImportError, AttributeError):
-        return [], "hip-python is not installed"
-    try:
-        status, count = hip.hipGetDeviceCount()
-        if int(status) != 0 or count == 0:
-            return [], getattr(status, "name", None) or f"HIP status {int(status)}"
+        count = hip.device_count()
         devices = []
         for index in range(count):
-            properties = hip.hipDeviceProp_t()
-            (status,) = hip.hipGetDeviceProperties(properties, index)
-            known = int(status) == 0
-            name, architecture = (
-                (properties.name.decode(), properties.gcnArchName.decode())
-                if known
-                else ("unknown", "unknown")
+            device = hip.get_device(index)
+            try:
+                runs = device.code_object()
+            except DeviceError as error:
+                runs = str(error)
+            devices.append(
+                {
+                    "index": index,
+                    "name": device.name,
+                    "architecture": device.architecture,
+                    "compute_units": device.compute_units,
+                    "code_object": runs,
+                }
             )
-            devices.append({"index": index, "name": name, "architecture": architecture})
-    except RuntimeError as error:  # hip-python's way to say that libamdhip64.so does not load
-        return [], " ".join(str(error).split())
-    return devices, None
+    except DeviceError as error:
+        return [], str(error)
+    return devices, None if devices else "the HIP runtime sees no device"
 
 
 def code_objects() -> list[str]:
-    """List the GPU code objects that were built into this installation."""
-    folder = files("rocmforge") / "code_objects"
-    if not folder.is_dir():
-        return []
-    return sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".hsaco"))
+    """List the architectures that GPU code objects were built for in this installation."""
+    from rocmforge import hip
+
+    return hip.built_architectures()

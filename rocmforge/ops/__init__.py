@@ -4,6 +4,7 @@ Arrays come as NumPy (bfloat16 and float8 as ``ml_dtypes``) or from any library 
 Every argument and every index is checked before anything is written.
 """
 
+from rocmforge.hip._ops import attention_workspace_size
 from rocmforge.ops._attention import merge_states, paged_attention
 from rocmforge.ops._blocks import (
     calibrate,
@@ -15,6 +16,7 @@ from rocmforge.ops._blocks import (
 from rocmforge.ops._cpu import get_num_threads, set_num_threads
 
 __all__ = [
+    "attention_workspace_size",
     "calibrate",
     "copy_blocks",
     "gather_blocks",

@@ -1,14 +1,42 @@
 cimport numpy as cnp
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from rocmforge.ops._params cimport rf_paged, rf_rows
+
+cdef extern from "rf/dlpack.h" nogil:
+    ctypedef struct rf_dl_tensor:
+        void *data
+        int32_t device_type
+        int32_t device_id
+        int32_t ndim
+        uint8_t code
+        uint8_t bits
+        uint16_t lanes
+        int64_t *shape
+        int64_t *strides
+        uint64_t byte_offset
+    ctypedef struct rf_dl_managed:
+        rf_dl_tensor tensor
+        void *context
+        void (*deleter)(rf_dl_managed *) noexcept nogil
+    ctypedef struct rf_dl_versioned:
+        uint32_t major
+        uint32_t minor
+        void *context
+        void (*deleter)(rf_dl_versioned *) noexcept nogil
+        uint64_t flags
+        rf_dl_tensor tensor
 
 # The most blocks, heads or tokens that the kernels' 32-bit indices allow.
 cdef enum:
     MAX_COUNT = 2147483647
 
 # arrays in and out
+cdef object hip_operations(object x)
 cdef cnp.ndarray as_array(object x, str name)
+cdef cnp.ndarray dlpack_array(object capsule, str name)
+cdef int dlpack_type(cnp.ndarray a, rf_dl_tensor *t) except -1
+cdef cnp.ndarray array_at(void *data, object shape, cnp.dtype descr, object base)
 cdef cnp.ndarray new_array(int dtype, int ndim, const cnp.npy_intp *dims)
 
 # scalars

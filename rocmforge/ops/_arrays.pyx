@@ -10,7 +10,7 @@ from cpython.bool cimport PyBool_Check
 from cpython.float cimport PyFloat_CheckExact
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_INCREF
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
 from rocmforge.ops._params cimport (
     RF_BF16, RF_E4M3FN, RF_E4M3FNUZ, RF_F16, RF_F32, RF_I8, RF_NUM_WIDE_DTYPES, rf_paged, rf_rows)
@@ -23,6 +23,7 @@ cnp.import_array()
 cdef extern from "rf/dlpack.h" nogil:
     enum: RF_DL_CPU
     enum: RF_DL_CUDA_HOST
+    enum: RF_DL_ROCM
     enum: RF_DL_ROCM_HOST
     enum: RF_DL_INT
     enum: RF_DL_UINT
@@ -32,22 +33,6 @@ cdef extern from "rf/dlpack.h" nogil:
     enum: RF_DL_E4M3FN
     enum: RF_DL_E4M3FNUZ
     uint64_t RF_DL_READ_ONLY
-    ctypedef struct rf_dl_tensor:
-        void *data
-        int32_t device_type
-        int32_t device_id
-        int32_t ndim
-        uint8_t code
-        uint8_t bits
-        uint16_t lanes
-        int64_t *shape
-        int64_t *strides
-        uint64_t byte_offset
-    ctypedef struct rf_dl_managed:
-        rf_dl_tensor tensor
-    ctypedef struct rf_dl_versioned:
-        uint64_t flags
-        rf_dl_tensor tensor
 
 cdef extern from "numpy/arrayobject.h":
     object PyArray_NewFromDescr(type subtype, cnp.dtype descr, int nd, const cnp.npy_intp *dims,
@@ -99,6 +84,11 @@ cdef cnp.ndarray _import_dlpack(object x, str name):
         capsule = x.__dlpack__(max_version=(1, 0))
     except TypeError:  # a producer from before DLPack 1.0
         capsule = x.__dlpack__()
+    return dlpack_array(capsule, name)
+
+
+cdef cnp.ndarray dlpack_array(object capsule, str name):
+    """A NumPy array over the memory of a DLPack capsule, wherever that is."""
     cdef rf_dl_tensor *t
     cdef rf_dl_versioned *managed
     cdef int flags = cnp.NPY_ARRAY_WRITEABLE
@@ -124,6 +114,37 @@ cdef cnp.ndarray _import_dlpack(object x, str name):
     a = PyArray_NewFromDescr(cnp.ndarray, descr, t.ndim, dims, strides,
                              <char *>t.data + t.byte_offset, flags, None)
     cnp.set_array_base(a, capsule)  # its destructor gives the memory back to the producer
+    return a
+
+
+cdef int dlpack_type(cnp.ndarray a, rf_dl_tensor *t) except -1:
+    """Sets the type of a DLPack tensor to that of an array."""
+    cdef int dtype = dtype_of(a)
+    kind = a.dtype.kind
+    t.lanes = 1
+    t.bits = <uint8_t>(8 * cnp.PyArray_ITEMSIZE(a))
+    if dtype == RF_BF16:
+        t.code = RF_DL_BFLOAT
+    elif dtype == RF_E4M3FN:
+        t.code = RF_DL_E4M3FN
+    elif dtype == RF_E4M3FNUZ:
+        t.code = RF_DL_E4M3FNUZ
+    elif kind in "iufb":
+        t.code = {"i": RF_DL_INT, "u": RF_DL_UINT, "f": RF_DL_FLOAT, "b": RF_DL_BOOL}[kind]
+    else:
+        raise ValueError(f"DLPack has no type for {a.dtype}")
+    return 0
+
+
+cdef cnp.ndarray array_at(void *data, object shape, cnp.dtype descr, object base):
+    """A C-contiguous array at an address that `base` keeps alive; nothing is read there."""
+    cdef cnp.npy_intp dims[32]
+    cdef int i, n = len(shape)
+    for i in range(n):
+        dims[i] = shape[i]
+    Py_INCREF(descr)  # the constructor steals it
+    a = PyArray_NewFromDescr(cnp.ndarray, descr, n, dims, NULL, data, cnp.NPY_ARRAY_CARRAY, None)
+    cnp.set_array_base(a, base)
     return a
 
 
@@ -179,6 +200,16 @@ cdef int64_t as_bound(object x, str name, int64_t low) except -2:
         raise ValueError(f"{name} {must}, got {value}")
     i = min(value, 2**63 - 1)  # nothing is longer
     return i
+
+
+cdef object hip_operations(object x):
+    """The module that computes on arrays of HIP devices, if x is one; else None."""
+    if isinstance(x, cnp.ndarray) or not hasattr(x, "__dlpack_device__"):
+        return None
+    if int(x.__dlpack_device__()[0]) != RF_DL_ROCM:
+        return None
+    from rocmforge.hip import _ops
+    return _ops
 
 
 cdef int host_only(object stream) except -1:

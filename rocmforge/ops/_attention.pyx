@@ -11,8 +11,8 @@ from rocmforge.ops._arguments cimport (
     as_scale, read_attention, read_batch, read_logits, read_mask, read_merge,
     read_merged)
 from rocmforge.ops._arrays cimport (
-    apart, as_array, as_bound, as_flag, as_vectors, host_only, is_nhd, new_array, same_dtype,
-    shape3, shape_text, writable)
+    apart, as_array, as_bound, as_flag, as_vectors, hip_operations, host_only, is_nhd, new_array,
+    same_dtype, shape3, shape_text, writable)
 from rocmforge.ops._params cimport RF_F32, rf_attention_params, rf_merge_params
 
 cnp.import_array()
@@ -129,6 +129,14 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     .. [2] Kwon et al., "Efficient Memory Management for Large Language Model Serving with
        PagedAttention", https://arxiv.org/abs/2309.06180
     """
+    hip = hip_operations(query)
+    if hip is not None:
+        return hip.paged_attention(
+            query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, rows=rows, scale=scale,
+            causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+            sinks=sinks, mask=mask, k_scale=k_scale, v_scale=v_scale, max_seqlen_q=max_seqlen_q,
+            max_seq_len=max_seq_len, num_splits=num_splits, deterministic=deterministic,
+            layout=layout, out=out, return_lse=return_lse, workspace=workspace, stream=stream)
     cdef rf_attention_params p
     cdef bint nhd = is_nhd(layout), with_lse
     cdef cnp.ndarray q = as_array(query, "query")
@@ -242,6 +250,9 @@ def merge_states(out_a, lse_a, out_b, lse_b, *, out=None, lse=None, stream=None)
     >>> float(out[0, 0, 0]), float(lse[0, 0])
     (1.5, 0.6931471824645996)
     """
+    hip = hip_operations(out_a)
+    if hip is not None:
+        return hip.merge_states(out_a, lse_a, out_b, lse_b, out=out, lse=lse, stream=stream)
     cdef rf_merge_params p
     cdef cnp.ndarray a = as_array(out_a, "out_a")
     cdef cnp.ndarray la = as_array(lse_a, "lse_a")

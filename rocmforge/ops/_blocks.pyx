@@ -8,7 +8,8 @@ from libc.stdint cimport int32_t, int64_t
 from rocmforge.ops cimport _cpu
 from rocmforge.ops._arguments cimport as_scale, read_blocks, read_write
 from rocmforge.ops._arrays cimport (
-    apart, as_array, as_int32s, bad_shape, host_only, is_nhd, shape_text, wide_dtype, writable)
+    apart, as_array, as_int32s, bad_shape, hip_operations, host_only, is_nhd, shape_text,
+    wide_dtype, writable)
 from rocmforge.ops._params cimport rf_copy_params, rf_write_params
 
 import numpy as np
@@ -57,6 +58,10 @@ def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scal
     TypeError
         An argument of a wrong kind. After any error nothing was written.
     """
+    hip = hip_operations(key)
+    if hip is not None:
+        return hip.write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale=k_scale,
+                            v_scale=v_scale, layout=layout, stream=stream)
     cdef rf_write_params p
     cdef bint nhd = is_nhd(layout)
     cdef cnp.ndarray kk = as_array(key, "key"), vv = None
@@ -191,6 +196,13 @@ cdef class _Pools:
         return 0
 
 
+cdef object _first(object caches):
+    """The array that says where all of them are."""
+    if isinstance(caches, (list, tuple)):
+        return caches[0] if len(caches) else None
+    return caches
+
+
 def copy_blocks(caches, copies, *, stream=None):
     """Copy whole blocks within each cache, as copy-on-write needs.
 
@@ -216,6 +228,9 @@ def copy_blocks(caches, copies, *, stream=None):
     MemoryError
         No scratch memory. After any error nothing was written.
     """
+    hip = hip_operations(_first(caches))
+    if hip is not None:
+        return hip.copy_blocks(caches, copies, stream=stream)
     cdef cnp.ndarray pairs = as_array(copies, "copies")
     cdef const int32_t *data = <const int32_t *>cnp.PyArray_DATA(pairs)
     cdef int64_t n
@@ -280,6 +295,9 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     --------
     scatter_blocks : The reverse.
     """
+    hip = hip_operations(_first(caches))
+    if hip is not None:
+        return hip.gather_blocks(caches, block_ids, out, stream=stream)
     cdef cnp.ndarray ids = as_array(block_ids, "block_ids"), rows
     cdef const int32_t *data = as_int32s(ids, "block_ids", "[n]", -1)
     cdef int64_t n = cnp.PyArray_DIM(ids, 0)
@@ -337,6 +355,9 @@ def scatter_blocks(caches, block_ids, data, *, stream=None):
            [4., 5.],
            [0., 1.]], dtype=float32)
     """
+    hip = hip_operations(_first(caches))
+    if hip is not None:
+        return hip.scatter_blocks(caches, block_ids, data, stream=stream)
     cdef cnp.ndarray ids = as_array(block_ids, "block_ids"), rows = as_array(data, "data")
     cdef const int32_t *indices = as_int32s(ids, "block_ids", "[n]", -1)
     cdef int64_t n = cnp.PyArray_DIM(ids, 0)

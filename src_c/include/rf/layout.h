@@ -2,7 +2,9 @@
 #ifndef RF_LAYOUT_H
 #define RF_LAYOUT_H
 
+#ifndef __cplusplus
 #include <assert.h>
+#endif
 #include <stdint.h>
 
 /* The first three hold queries, keys and values; all of them can be a cache's. An 8-bit element

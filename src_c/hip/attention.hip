@@ -1,0 +1,542 @@
+/* Attention to a paged context: decode, prefill and ragged mixes of both, in one kernel.
+ *
+ * Mathematics: rf/params.h. Softmax is online and in base 2: a state is a maximum m, the sum l of
+ * exp2(logit - m), and the sums o of exp2(logit - m) * value; two states of different tokens merge.
+ *
+ * Work: the rows of a (sequence, key/value head) are its query tokens x the query heads that share
+ * the head, and are cut into tiles of RF_WAVES * ROWS. A workgroup has one tile and one split of
+ * the context tokens that its rows see. Each wave keeps up to ROWS rows in registers. A tile with
+ * few rows (decoding) gives the same rows to several waves, which then take turns at the tokens;
+ * one with many (prefill) gives each wave its own, and the keys that they all read come from the
+ * first-level cache. So each key and value is read from memory once for all heads of its group.
+ *
+ * Within a wave LANES lanes share a token: each has 8 x CHUNKS elements of the query rows, of the
+ * key and of the value, read in pieces of 16 bytes (8 of an 8-bit cache); WAVE / LANES tokens are
+ * read side by side and STEPS of those at once. A logit is the sum over LANES lanes; what a value
+ * adds needs no other lane. States are merged over the wave by shuffles, over waves through LDS,
+ * over splits by reduce below. In a latent cache the key's registers serve as the value.
+ *
+ * Which tokens a lane sees in which order depends only on the sequence's own lengths, so its bits
+ * do not depend on the batch. A step whose tokens every row sees has no test inside (`Guarded`).
+ *
+ * LDS: 4 waves x ROWS x head size floats: 4, 8, 16, 16 and 24 KiB for the five sizes.
+ *
+ * Nothing here was timed on a GPU: registers, spills and occupancy are what the compiler reports
+ * (tests/test_hip_objects.py). Versions tried, for gfx942 and 128 elements of bfloat16:
+ *   all arguments in registers                     224 vector registers, 70 scalars spilled
+ *   rare ones read again where they are needed     206, none spilled
+ *   absent rows computed, not skipped by branches  292, as SLP vectorisation doubled the factors
+ *   without SLP vectorisation                      177: what is here
+ *   held to 128 registers, for 4 waves a SIMD      83 spilled */
+#include "element.h"
+
+namespace rf {
+
+/* Where a workgroup's tile is. Uniform. */
+struct Tile {
+    int seq, row0, rows;         /* rows of the sequence, from row0 */
+    int64_t token0;              /* the sequence's first query token */
+    int q_len, kv_len, num_rows; /* num_rows: of the whole sequence */
+    const int32_t *blocks;
+};
+
+/* Context tokens low .. high - 1 that a row may see, before the mask. */
+struct Range {
+    int low, high;
+};
+
+RF_DEVICE Range visible(const rf_attention_params &p, const Tile &tile, int row, int group) {
+    int position = tile.kv_len - tile.q_len + row / group;
+    int high = tile.kv_len, low = 0;
+    if (p.causal) high = smaller(high, position + 1);
+    if (p.window_right >= 0)
+        high = (int64_t)position + p.window_right + 1 < high ? position + p.window_right + 1 : high;
+    if (p.window_left < position && p.window_left >= 0) low = position - p.window_left;
+    return {low, larger(high, low)};
+}
+
+/* Which tokens the rows of a tile see, and the part of them that is split number `split`. */
+struct Share {
+    int begin, end, splits;
+};
+RF_DEVICE Share share_of(const rf_attention_launch &a, const Tile &tile, int split) {
+    int group = (int)a.group.value;
+    int low = visible(a.p, tile, tile.row0, group).low;
+    int high = visible(a.p, tile, tile.row0 + tile.rows - 1, group).high;
+    int n = larger(0, high - low);
+    int splits = tile.num_rows <= a.split_rows ? rf_splits(n, a.part_tokens, a.max_splits) : 1;
+    int size = rf_split_size(n, splits);
+    int begin = low + smaller(n, split * size);
+    return {begin, smaller(begin + size, low + n), splits};
+}
+
+RF_DEVICE void find_sequence(const rf_attention_launch &a, int seq, Tile &tile) {
+    const rf_attention_params &p = a.p;
+    int64_t first = seq, last = seq + 1;
+    if (p.cu_seqlens_q) {
+        first = load<int32_t>(p.cu_seqlens_q + seq);
+        last = load<int32_t>(p.cu_seqlens_q + seq + 1);
+        if (first < 0 || last > p.num_tokens || last < first) first = last = 0;
+    }
+    int64_t row = p.rows ? load<int32_t>(p.rows + seq) : seq;
+    int64_t capacity = p.table_width * p.block_size;
+    int64_t length = load<int32_t>(p.seq_lens + seq);
+    if (row < 0 || row >= p.num_rows || length < 0) row = 0, length = 0;
+    if (length > capacity) length = capacity;
+    tile.seq = seq;
+    tile.token0 = first;
+    tile.q_len = (int)(last - first);
+    tile.kv_len = (int)length;
+    tile.num_rows = tile.q_len * (int)a.group.value;
+    tile.blocks = p.block_table + row * p.table_stride;
+}
+
+/* Sequence i has the tiles from rows / TILE + i on, rows being those of the sequences before it: at
+ * least as many as it needs, and the host can bound the grid without knowing any length. */
+template <int TILE> RF_DEVICE int64_t first_tile(const rf_attention_params &p, int seq, int group) {
+    int64_t token = p.cu_seqlens_q ? load<int32_t>(p.cu_seqlens_q + seq) : seq;
+    return token * group / TILE + seq;
+}
+
+template <int TILE> RF_DEVICE bool find_tile(const rf_attention_launch &a, int index, Tile &tile) {
+    const rf_attention_params &p = a.p;
+    int group = (int)a.group.value, low = 0, first = 0;
+    if (!a.one_tile) {
+        int high = p.num_seqs;
+        while (high - low > 1) {
+            int middle = (low + high) / 2;
+            if (first_tile<TILE>(p, middle, group) <= index) low = middle;
+            else high = middle;
+        }
+        first = (int)first_tile<TILE>(p, low, group);
+    } else {
+        low = first = index;
+    }
+    find_sequence(a, low, tile);
+    tile.row0 = (index - first) * TILE;
+    tile.rows = smaller(TILE, tile.num_rows - tile.row0);
+    return index >= first && tile.rows > 0;
+}
+
+RF_DEVICE float scale_at(const rf_scales &s, int64_t block, int head, int offset) {
+    if (!s.data) return s.value;
+    return load<float>(s.data + block * s.block_stride + head * s.head_stride +
+                       offset * s.token_stride);
+}
+
+/* tanh without a library: 1 - 2 / (exp(2x) + 1) loses digits near 0, where its series is used. */
+RF_DEVICE float tanh(float x) {
+    float y = x < 0 ? -x : x, z = x * x;
+    if (y < 0.25f)
+        return x *
+               (1 + z * (-1.0f / 3 + z * (2.0f / 15 + z * (-17.0f / 315 + z * (62.0f / 2835)))));
+    float t = 1 - 2 / (exp2(2 * LOG2E * y) + 1);
+    return x < 0 ? -t : t;
+}
+
+/* Eight sums of a row, its maximum and its sum: to the output, sinks included. */
+RF_DEVICE void finish(const rf_attention_params &p, int64_t token, int head, int chunk,
+                      const float *sums, float m, float l) {
+    float factor = 1, out[8];
+    if (p.sinks) {
+        float sink = load<float>(p.sinks + head) * LOG2E, top = larger(m, sink);
+        float base = top == -INF ? 0.0f : top;
+        factor = exp2(m - base);
+        l = l * factor + exp2(sink - base);
+        m = top;
+    }
+    float inverse = l == 0 ? 0.0f : factor / l;
+    RF_UNROLL
+    for (int i = 0; i < 8; i++) out[i] = sums[i] * inverse;
+    store_wide(p.out.data, token * p.out.token_stride + head * p.out.head_stride + 8 * chunk,
+               p.dtype, out);
+    if (p.lse && chunk == 0)
+        store(p.lse + token * p.num_heads + head, l == 0 ? -INF : (m + log2(l)) * LN2);
+}
+
+/* The state of a row after all tokens of a split. */
+RF_DEVICE void leave(const rf_attention_launch &a, const Tile &tile, int splits, int split, int row,
+                     int chunk, const float *sums, float m, float l) {
+    const rf_attention_params &p = a.p;
+    int kv_head = group_y(), group = (int)a.group.value;
+    if (splits == 1) {
+        int token = (int)rf_quotient((uint32_t)row, a.group);
+        finish(p, tile.token0 + token, kv_head * group + row - token * group, chunk, sums, m, l);
+        return;
+    }
+    int64_t index =
+        (((int64_t)tile.seq * a.split_rows + row) * p.num_kv_heads + kv_head) * a.max_splits +
+        split;
+    float *to = a.partial + index * p.v_head_dim + 8 * chunk;
+    store_chunk(to, narrow_chunk<RF_F32>(sums));
+    if (chunk == 0) {
+        store(a.partial_state + 2 * index, m);
+        store(a.partial_state + 2 * index + 1, l);
+    }
+}
+
+template <int DTYPE, int LANES, int CHUNKS> struct Attention {
+    static constexpr int ROWS = RF_ROWS_OF(CHUNKS);
+    static constexpr int TILE = RF_TILE_ROWS(ROWS);
+    static constexpr int SIZE = SIZE_OF<DTYPE>;
+    static constexpr int SIDE = WAVE / LANES; /* tokens side by side */
+    static constexpr int STEPS = CHUNKS == 1 ? 4 : SIZE == 4 && CHUNKS == 3 ? 1 : 2;
+    static constexpr int TOKENS = SIDE * STEPS; /* tokens of a wave at once */
+    static constexpr bool SCALED = SIZE == 1;
+
+    struct Shared {
+        float sums[RF_WAVES][ROWS][8 * LANES * CHUNKS];
+        float m[RF_WAVES][ROWS], l[RF_WAVES][ROWS];
+    };
+
+    const rf_attention_launch &a;
+    Tile tile;
+    Share share;
+    int row0, rows; /* of this wave */
+    int side, part; /* of this lane: which token, which chunks (part, part + LANES, ...) */
+    bool latent, capped, biased, masked;
+    bool k_in[CHUNKS];              /* whether the key has this lane's chunk, */
+    int k_at[CHUNKS], v_at[CHUNKS]; /* and the byte in the vector that it is read from */
+    Range range[ROWS];
+    float slope[ROWS];
+    float query[ROWS][CHUNKS][8], sums[ROWS][CHUNKS][8], m[ROWS], l[ROWS];
+
+    RF_DEVICE_MEMBER Attention(const rf_attention_launch &launch) : a(launch) {}
+
+    RF_DEVICE_MEMBER void start() {
+        const rf_attention_params &p = a.p;
+        int group = (int)a.group.value;
+        float factor = p.softcap > 0 ? p.scale / p.softcap : p.scale * LOG2E;
+        capped = p.softcap > 0;
+        biased = p.alibi_slopes != nullptr;
+        masked = p.mask != nullptr;
+        latent = p.v.data == p.k.data && p.v.block_stride == p.k.block_stride &&
+                 p.v.head_stride == p.k.head_stride && p.v.token_stride == p.k.token_stride;
+        RF_UNROLL
+        for (int c = 0; c < CHUNKS; c++) {
+            int chunk = part + c * LANES;
+            k_in[c] = 8 * chunk < p.head_dim;
+            k_at[c] = k_in[c] ? 8 * SIZE * chunk : 0;
+            v_at[c] = 8 * chunk < p.v_head_dim ? 8 * SIZE * chunk : 0;
+        }
+        RF_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            m[r] = -INF;
+            l[r] = 0;
+            slope[r] = 0;
+            range[r] = {0, 0};
+            RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+            for (int i = 0; i < 8; i++) query[r][c][i] = sums[r][c][i] = 0;
+            if (r >= rows) continue;
+            int token = (int)rf_quotient((uint32_t)(row0 + r), a.group);
+            int head = group_y() * group + row0 + r - token * group;
+            range[r] = visible(p, tile, row0 + r, group);
+            if (p.alibi_slopes) slope[r] = load<float>(p.alibi_slopes + head) * LOG2E;
+            int64_t at = (tile.token0 + token) * p.query.token_stride + head * p.query.head_stride;
+            RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) {
+                int chunk = part + c * LANES;
+                if (8 * chunk >= p.head_dim) continue;
+                load_wide(p.query.data, at + 8 * chunk, p.dtype, query[r][c]);
+                RF_UNROLL
+                for (int i = 0; i < 8; i++) query[r][c][i] *= factor;
+            }
+        }
+    }
+
+    /* The block of a token of the share, or -1. */
+    RF_DEVICE_MEMBER int block_of(int token) const {
+        if (token >= share.end) return -1;
+        int block = load<int32_t>(tile.blocks + rf_quotient((uint32_t)token, a.block_size));
+        return (uint32_t)block < (uint64_t)a.p.num_blocks ? block : -1;
+    }
+
+    /* Of row r's query token in the sequence. */
+    RF_DEVICE_MEMBER int position(int r) const {
+        return tile.kv_len - tile.q_len + (int)rf_quotient((uint32_t)(row0 + r), a.group);
+    }
+
+    RF_DEVICE_MEMBER bool sees(int r, int token) const {
+        bool yes = token >= range[r].low && token < range[r].high;
+        int added = token - (tile.kv_len - tile.q_len);
+        if (masked && yes && added >= 0) {
+            const rf_attention_params &p = fresh(a).p;
+            int row_token = (int)rf_quotient((uint32_t)(row0 + r), a.group);
+            yes = added < fresh(a).mask_width &&
+                  load<uint8_t>(p.mask + (tile.token0 + row_token) * p.mask_stride + added) != 0;
+        }
+        return yes;
+    }
+
+    /* Tokens first + side + i * SIDE; `blocks` has theirs. Guarded: rows may not see all of them,
+     * and what they do not see, NaN maybe, must not reach their sums.
+     *
+     * Straight-line code: every load is made, from the pool's first block where there is none of
+     * its own and from the vector's first chunk past its last, and selected afterwards; a row that
+     * the wave does not have is computed with a query of zeros. */
+    template <bool GUARDED> RF_DEVICE_MEMBER void step(int first, const int *blocks) {
+        const rf_attention_params &p = a.p;
+        int head = group_y();
+        Chunk<SIZE> key[STEPS][CHUNKS], value[STEPS][CHUNKS];
+        float weight[ROWS][STEPS], k_scale[STEPS], v_scale[STEPS];
+        int offset[STEPS];
+        int64_t block[STEPS];
+        RF_UNROLL
+        for (int t = 0; t < STEPS; t++) {
+            uint32_t token = (uint32_t)(first + side + t * SIDE);
+            block[t] = GUARDED && blocks[t] < 0 ? 0 : blocks[t];
+            offset[t] = (int)(token - rf_quotient(token, a.block_size) * a.block_size.value);
+            const char *k = static_cast<const char *>(p.k.data) +
+                            (block[t] * p.k.block_stride + head * p.k.head_stride +
+                             offset[t] * p.k.token_stride) *
+                                SIZE;
+            RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) key[t][c] = load_chunk<SIZE>(k + k_at[c]);
+        }
+        if (latent) {
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t++) RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) value[t][c] = key[t][c];
+        } else {
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t++) {
+                const char *v = static_cast<const char *>(p.v.data) +
+                                (block[t] * p.v.block_stride + head * p.v.head_stride +
+                                 offset[t] * p.v.token_stride) *
+                                    SIZE;
+                RF_UNROLL
+                for (int c = 0; c < CHUNKS; c++) value[t][c] = load_chunk<SIZE>(v + v_at[c]);
+            }
+        }
+        if (SCALED) {
+            const rf_attention_params &again = fresh(a).p;
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t++) {
+                k_scale[t] = scale_at(again.k_scale, block[t], head, offset[t]);
+                v_scale[t] = scale_at(again.v_scale, block[t], head, offset[t]);
+            }
+        }
+
+        RF_UNROLL
+        for (int t = 0; t < STEPS; t++) {
+            float dot[ROWS] = {};
+            RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) {
+                float x[8];
+                Chunk<SIZE> k = key[t][c];
+                RF_UNROLL
+                for (int i = 0; i < 2 * SIZE; i++) k.w[i] = k_in[c] ? k.w[i] : 0;
+                widen<DTYPE>(k, x);
+                RF_UNROLL
+                for (int r = 0; r < ROWS; r++) RF_UNROLL
+                for (int i = 0; i < 8; i++) dot[r] += query[r][c][i] * x[i];
+            }
+            RF_UNROLL
+            for (int r = 0; r < ROWS; r++) {
+                weight[r][t] = sum<LANES>(dot[r]);
+                if (SCALED) weight[r][t] *= k_scale[t];
+            }
+        }
+        if (capped) {
+            float cap = fresh(a).p.softcap * LOG2E;
+            RF_UNROLL
+            for (int r = 0; r < ROWS; r++) RF_UNROLL
+            for (int t = 0; t < STEPS; t++) weight[r][t] = cap * tanh(weight[r][t]);
+        }
+        if (biased) {
+            RF_UNROLL
+            for (int r = 0; r < ROWS; r++) RF_UNROLL
+            for (int t = 0; t < STEPS; t++)
+                weight[r][t] += slope[r] * (float)(first + side + t * SIDE - position(r));
+        }
+        if (GUARDED) {
+            RF_UNROLL
+            for (int r = 0; r < ROWS; r++) RF_UNROLL
+            for (int t = 0; t < STEPS; t++)
+                if (blocks[t] < 0 || !sees(r, first + side + t * SIDE)) weight[r][t] = -INF;
+        }
+
+        RF_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            float top = m[r];
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t++) top = larger(top, weight[r][t]);
+            float base = top == -INF ? 0.0f : top;
+            float factor = exp2(m[r] - base);
+            m[r] = top;
+            l[r] *= factor;
+            RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+            for (int i = 0; i < 8; i++) sums[r][c][i] *= factor;
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t++) {
+                weight[r][t] = exp2(weight[r][t] - base);
+                l[r] += weight[r][t];
+            }
+        }
+        RF_UNROLL
+        for (int t = 0; t < STEPS; t++) RF_UNROLL
+        for (int c = 0; c < CHUNKS; c++) {
+            float x[8];
+            widen<DTYPE>(value[t][c], x);
+            RF_UNROLL
+            for (int r = 0; r < ROWS; r++) {
+                if (GUARDED && weight[r][t] == 0) continue;
+                float w = SCALED ? weight[r][t] * v_scale[t] : weight[r][t];
+                RF_UNROLL
+                for (int i = 0; i < 8; i++) sums[r][c][i] += w * x[i];
+            }
+        }
+    }
+
+    /* The steps of this wave: number `turn`, turn + turns, ... of the share. */
+    RF_DEVICE_MEMBER void run(int turn, int turns) {
+        /* Tokens that every row of the wave sees, whatever the mask says of the new ones. */
+        int low = 0, high = share.end;
+        RF_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            if (r >= rows) continue;
+            low = larger(low, range[r].low);
+            high = smaller(high, range[r].high);
+        }
+        if (masked) high = smaller(high, tile.kv_len - tile.q_len);
+        for (int first = share.begin + turn * TOKENS; first < share.end; first += turns * TOKENS) {
+            int blocks[STEPS];
+            bool hole = false;
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t++) {
+                blocks[t] = block_of(first + side + t * SIDE);
+                hole |= blocks[t] < 0;
+            }
+            if (first >= low && first + TOKENS <= high && !any(hole)) step<false>(first, blocks);
+            else step<true>(first, blocks);
+        }
+    }
+
+    RF_DEVICE_MEMBER void merge_wave() {
+        RF_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            if (r >= rows) continue;
+            float top = maximum<WAVE, LANES>(m[r]);
+            float factor = top == -INF ? 0.0f : exp2(m[r] - top);
+            m[r] = top;
+            l[r] = sum<WAVE, LANES>(l[r] * factor);
+            RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+            for (int i = 0; i < 8; i++) sums[r][c][i] = sum<WAVE, LANES>(sums[r][c][i] * factor);
+        }
+    }
+
+    /* Waves first, first + stride, ... (`turns` of them) had the same rows: row r of them all. */
+    RF_DEVICE_MEMBER void merge_waves(const Shared &lds, int r, int first, int stride, int turns) {
+        float top = -INF, total = 0;
+        for (int i = 0; i < turns; i++) top = larger(top, lds.m[first + i * stride][r]);
+        float base = top == -INF ? 0.0f : top;
+        for (int i = 0; i < turns; i++)
+            total += lds.l[first + i * stride][r] * exp2(lds.m[first + i * stride][r] - base);
+        for (int chunk = lane(); 8 * chunk < fresh(a).p.v_head_dim; chunk += WAVE) {
+            float out[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+            for (int i = 0; i < turns; i++) {
+                int w = first + i * stride;
+                float factor = exp2(lds.m[w][r] - base);
+                if (lds.m[w][r] == -INF) continue;
+                RF_UNROLL
+                for (int j = 0; j < 8; j++) out[j] += lds.sums[w][r][8 * chunk + j] * factor;
+            }
+            leave(fresh(a), tile, share.splits, group_z(), row0 + r, chunk, out, top, total);
+        }
+    }
+
+    RF_DEVICE_MEMBER void operator()(Shared &lds) {
+        if (!find_tile<TILE>(a, group_x(), tile)) return;
+        share = share_of(a, tile, group_z());
+        if (group_z() >= share.splits) return;
+        /* Waves with rows of their own: as many as the rows need, in powers of two. */
+        int apart = tile.rows <= ROWS ? 1 : tile.rows <= 2 * ROWS ? 2 : RF_WAVES;
+        int turns = RF_WAVES / apart, turn = wave() / apart;
+        row0 = tile.row0 + wave() % apart * ROWS;
+        rows = smaller(ROWS, tile.row0 + tile.rows - row0);
+        side = lane() / LANES;
+        part = lane() % LANES;
+        if (rows > 0) {
+            start();
+            run(turn, turns);
+            merge_wave();
+            RF_UNROLL
+            for (int r = 0; r < ROWS; r++) {
+                if (r >= rows || side != 0) continue;
+                RF_UNROLL
+                for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+                for (int i = 0; i < 8; i++)
+                    lds.sums[wave()][r][8 * (part + c * LANES) + i] = sums[r][c][i];
+                lds.m[wave()][r] = m[r];
+                lds.l[wave()][r] = l[r];
+            }
+        }
+        barrier();
+        for (int r = turn; r < rows; r += turns) merge_waves(lds, r, wave() % apart, apart, turns);
+    }
+};
+
+/* Merges the splits of a row: grid x sequence, y key/value head, z four rows, one a wave. */
+RF_DEVICE void reduce(const rf_attention_launch &a, int tile_rows) {
+    const rf_attention_params &p = a.p;
+    int row = group_z() * RF_WAVES + wave(), group = (int)a.group.value;
+    Tile tile;
+    find_sequence(a, group_x(), tile);
+    if (row >= tile.num_rows || tile.num_rows > a.split_rows) return;
+    tile.row0 = row / tile_rows * tile_rows;
+    tile.rows = smaller(tile_rows, tile.num_rows - tile.row0);
+    int splits = share_of(a, tile, 0).splits;
+    if (splits == 1) return; /* written already */
+    int64_t index =
+        (((int64_t)tile.seq * a.split_rows + row) * p.num_kv_heads + group_y()) * a.max_splits;
+    float top = -INF, total = 0;
+    for (int i = 0; i < splits; i++)
+        top = larger(top, load<float>(a.partial_state + 2 * (index + i)));
+    float base = top == -INF ? 0.0f : top;
+    for (int i = 0; i < splits; i++)
+        total += load<float>(a.partial_state + 2 * (index + i) + 1) *
+                 exp2(load<float>(a.partial_state + 2 * (index + i)) - base);
+    int token = row / group;
+    for (int chunk = lane(); 8 * chunk < p.v_head_dim; chunk += WAVE) {
+        float out[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+        for (int i = 0; i < splits; i++) {
+            float m = load<float>(a.partial_state + 2 * (index + i)), x[8];
+            if (m == -INF) continue;
+            widen<RF_F32>(load_chunk<4>(a.partial + (index + i) * p.v_head_dim + 8 * chunk), x);
+            RF_UNROLL
+            for (int j = 0; j < 8; j++) out[j] += x[j] * exp2(m - base);
+        }
+        finish(p, tile.token0 + token, group_y() * group + row - token * group, chunk, out, top,
+               total);
+    }
+}
+
+template <class Kernel> RF_DEVICE void attend(const rf_attention_launch &p) {
+    RF_SHARED(typename Kernel::Shared, lds);
+    Kernel{p}(lds);
+}
+
+} // namespace rf
+
+#define RF_KERNEL_OF(storage, dtype, size, lanes, chunks)                                          \
+    RF_KERNEL(paged_attention_##storage##_d##size, rf_attention_launch) {                          \
+        rf::attend<rf::Attention<dtype, lanes, chunks>>(p);                                        \
+    }
+#define RF_KERNELS_OF_SIZE(size, lanes, chunks)                                                    \
+    RF_KERNEL_OF(f32, RF_F32, size, lanes, chunks)                                                 \
+    RF_KERNEL_OF(f16, RF_F16, size, lanes, chunks)                                                 \
+    RF_KERNEL_OF(bf16, RF_BF16, size, lanes, chunks)                                               \
+    RF_KERNEL_OF(e4m3fn, RF_E4M3FN, size, lanes, chunks)                                           \
+    RF_KERNEL_OF(e4m3fnuz, RF_E4M3FNUZ, size, lanes, chunks)                                       \
+    RF_KERNEL_OF(i8, RF_I8, size, lanes, chunks)
+RF_SIZE_INSTANCES(RF_KERNELS_OF_SIZE)
+
+RF_KERNEL(paged_attention_reduce_r4, rf_attention_launch) {
+    rf::reduce(p, RF_TILE_ROWS(RF_ROWS_OF(1)));
+}
+RF_KERNEL(paged_attention_reduce_r2, rf_attention_launch) {
+    rf::reduce(p, RF_TILE_ROWS(RF_ROWS_OF(2)));
+}

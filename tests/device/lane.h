@@ -1,0 +1,22 @@
+/* Between a kernel compiled for the simulated device and the stand-in runtime that runs it. */
+#ifndef RF_TEST_LANE_H
+#define RF_TEST_LANE_H
+
+#include <cstddef>
+
+/* The lane that runs now, and what it can ask of its wave and its workgroup. */
+struct rf_sim_lane {
+    int thread;
+    int group[3];
+    int (*exchange)(int value, int mask); /* the value of lane index ^ mask; all lanes take part */
+    bool (*any)(bool value);
+    void (*barrier)();
+    void *(*shared)(size_t size); /* the workgroup's LDS */
+};
+
+struct rf_sim_kernel {
+    size_t size; /* of the arguments */
+    void (*run)(const void *arguments);
+};
+
+#endif

@@ -1,0 +1,215 @@
+"""Breaks the kernels in ways that real mistakes do, and tells which tests notice.
+
+    python tests/device/mutations.py BUILD
+
+BUILD is where tests/device/CMakeLists.txt was built, unbroken. For each mutation the kernels'
+sources are copied, changed, built for the simulated device and tested. The table that it prints
+names the first test that turned red; the exit status is 1 when some mutation passed all of them.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parent.parent / "src_c"
+TESTS = {
+    "attention": "test_attention.py",
+    "write": "test_blocks.py",
+    "copy": "test_blocks.py",
+    "merge": "test_blocks.py",
+}
+
+RED = "red:"
+
+# What is broken; family; the text that is replaced (once, in one file) and by what.
+MUTATIONS = [
+    ("barrier dropped", "attention", "attention.hip", "        barrier();\n", ""),
+    (
+        "softmax maximum left out",
+        "attention",
+        "attention.hip",
+        "float base = top == -INF ? 0.0f : top;\n            float factor = exp2(m[r] - base);",
+        "float base = 0.0f;\n            float factor = 1.0f;",
+    ),
+    (
+        "sums not rescaled to a new maximum",
+        "attention",
+        "attention.hip",
+        "sums[r][c][i] *= factor;",
+        "sums[r][c][i] *= 1.0f;",
+    ),
+    (
+        "causal bound off by one",
+        "attention",
+        "attention.hip",
+        "high = smaller(high, position + 1);",
+        "high = smaller(high, position + 2);",
+    ),
+    (
+        "window off by one",
+        "attention",
+        "attention.hip",
+        "low = position - p.window_left;",
+        "low = position - p.window_left + 1;",
+    ),
+    (
+        "block table index off by one",
+        "attention",
+        "attention.hip",
+        "rf_quotient((uint32_t)token, a.block_size));",
+        "rf_quotient((uint32_t)token + 1, a.block_size));",
+    ),
+    (
+        "values by the keys' token stride",
+        "attention",
+        "attention.hip",
+        "offset[t] * p.v.token_stride) * SIZE;",
+        "offset[t] * p.k.token_stride) * SIZE;",
+    ),
+    (
+        "heads by the token stride",
+        "attention",
+        "attention.hip",
+        "head * p.k.head_stride +\n",
+        "head * p.k.token_stride +\n",
+    ),
+    ("wrong wave size", "attention", "WAVE", "", ""),
+    (
+        "end of the share not tested",
+        "attention",
+        "attention.hip",
+        "if (token >= share.end) return -1;",
+        "",
+    ),
+    (
+        "hidden keys weighed with 0 only",
+        "attention",
+        "attention.hip",
+        "if (GUARDED && weight[r][t] == 0) continue;",
+        "",
+    ),
+    (
+        "last split dropped",
+        "attention",
+        "attention.hip",
+        "for (int i = 0; i < splits; i++) {\n            float m",
+        "for (int i = 0; i < splits - 1; i++) {\n            float m",
+    ),
+    (
+        "sink left out",
+        "attention",
+        "attention.hip",
+        "exp2(sink - base)",
+        "0.0f",
+    ),
+    (
+        "scale of values left out",
+        "attention",
+        "attention.hip",
+        "SCALED ? weight[r][t] * v_scale[t] : weight[r][t]",
+        "weight[r][t]",
+    ),
+    (
+        "padding slot not skipped",
+        "write",
+        "write.hip",
+        "if (v.slot < 0 || v.slot >=",
+        "if (v.slot >=",
+    ),
+    (
+        "values to the keys' pool",
+        "write",
+        "write.hip",
+        "const rf_paged &pool = v.value ? a.p.v : a.p.k;\n    const char",
+        "const rf_paged &pool = a.p.k;\n    const char",
+    ),
+    (
+        "float8 rounded half up",
+        "write",
+        "element.h",
+        "magnitude += 0x7ffff + (magnitude >> 20 & 1);",
+        "magnitude += 0x80000;",
+    ),
+    (
+        "destination and source exchanged",
+        "copy",
+        "copy.hip",
+        "const char *from = pool.data + ids[0] *",
+        "const char *from = pool.data + ids[per_copy - 1] *",
+    ),
+    ("a part that saw no key is read", "merge", "merge.hip", "if (x != -INF)\n", "if (true)\n"),
+]
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+
+
+def red_tests(base: Path, name: str, family: str, file: str, old: str, new: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        sources, build = Path(folder, "src_c"), Path(folder, "build")
+        shutil.copytree(SOURCES, sources)
+        definition = ""
+        if file == "WAVE":
+            definition = "RF_MUTATE_WAVE=16"
+        else:
+            path = sources / "hip" / file
+            pattern = r"\s*".join(map(re.escape, old.split()))  # however it is broken into lines
+            text, count = re.subn(pattern, lambda _: new, path.read_text())
+            assert count >= 1, f"{name}: {file} does not have the text to change"
+            path.write_text(text)
+        run(
+            "cmake",
+            "-S",
+            str(HERE),
+            "-B",
+            str(build),
+            f"-DRF_SOURCES={sources}",
+            f"-DRF_MUTATION={definition}",
+            "-DRF_WERROR=OFF",
+        )
+        targets = [f"{family}_{arch}" for arch in ("gfx1100", "gfx942")]
+        done = run("cmake", "--build", str(build), "--parallel", "2", "--target", *targets)
+        if done.returncode:
+            return "does not compile: " + done.stdout[-800:] + done.stderr[-800:]
+        for source in (base / "code_objects").iterdir():
+            target = build / "code_objects" / source.name
+            if not target.exists():
+                shutil.copy(source, target)
+        shutil.copy(base / "libamdhip64.so", build)
+        done = run(
+            *(sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"),
+            "--hypothesis-profile=short",
+            str(HERE / TESTS[family]),
+            RF_SIMULATED=str(build),
+            RF_SIM_DEVICES="gfx1100,gfx942:sramecc+:xnack-",
+        )
+        if done.returncode < 0:
+            return f"{RED} the process ended by signal {-done.returncode}"
+        if done.returncode == 0:
+            return "no test noticed"
+        found = re.search(r"^FAILED \S+::(\S+)", done.stdout, re.M)
+        return f"{RED} {found[1]}" if found else "no result: " + done.stdout[-500:]
+
+
+def main() -> int:
+    base = Path(sys.argv[1]).resolve()
+    missed = 0
+    for mutation in MUTATIONS:
+        if len(sys.argv) > 2 and mutation[0] not in sys.argv[2:]:
+            continue
+        result = red_tests(base, *mutation)
+        missed += not result.startswith(RED)
+        print(f"{mutation[0]:38} {mutation[1]:10} {result}", flush=True)
+    return min(missed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What the compilers made of the HIP kernels: no spills, no scratch, LDS within bounds.
+
+Looks at the installed code objects, or at those in the folder that ROCMFORGE_CODE_OBJECTS names.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from hip_objects import Kernel, kernels
+
+FOLDER = Path(os.environ.get("ROCMFORGE_CODE_OBJECTS", str(files("rocmforge") / "code_objects")))
+SOURCE = Path(__file__).parent.parent / "src_c"
+ATTENTION = {
+    f"paged_attention_{storage}_d{size}"
+    for storage in ("f32", "f16", "bf16", "e4m3fn", "e4m3fnuz", "i8")
+    for size in (64, 128, 256, 512, 576)
+} | {"paged_attention_reduce_r4", "paged_attention_reduce_r2"}
+FAMILIES = {
+    "attention": ATTENTION,
+    "write": {f"write_kv_{s}" for s in ("f32", "f16", "bf16", "e4m3fn", "e4m3fnuz", "i8")},
+    "merge": {"merge_states"},
+    "copy": {"copy_blocks", "table_delta"},
+}
+ARGUMENTS = {"attention": 424, "write": 272, "merge": 136}
+
+
+@pytest.fixture(scope="module")
+def found() -> list[Kernel]:
+    result = kernels(FOLDER) if FOLDER.is_dir() else []
+    if not result:
+        pytest.skip("no code objects were built: ROCMFORGE_HIP_ARCHS=all pip install .")
+    return result
+
+
+def test_every_object_has_its_whole_family(found: list[Kernel]) -> None:
+    names: dict[tuple[str, str], set[str]] = {}
+    for kernel in found:
+        names.setdefault((kernel.arch, kernel.family), set()).add(kernel.name)
+    for arch in {kernel.arch for kernel in found}:
+        assert {family: names[arch, family] for family in FAMILIES} == FAMILIES, arch
+
+
+def table(found: list[Kernel]) -> str:
+    """Per architecture and kind of kernel the most that any of its element types takes."""
+    groups: dict[tuple[str, str], list[Kernel]] = {}
+    for kernel in found:
+        kind = re.sub(r"_(f32|f16|bf16|e4m3fn|e4m3fnuz|i8)(?=_|$)", "", kernel.name)
+        groups.setdefault((kernel.arch, kind), []).append(kernel)
+    lines = [f"{'architecture':16} {'kernels':27} VGPR SGPR spills scratch   LDS waves/SIMD"]
+    for (arch, kind), kernels_of in sorted(groups.items()):
+        lines.append(
+            f"{arch:16} {kind + ' x' + str(len(kernels_of)):27}"
+            f" {max(k.vgprs for k in kernels_of):4} {max(k.sgprs for k in kernels_of):4}"
+            f" {max(k.vgpr_spills + k.sgpr_spills for k in kernels_of):6}"
+            f" {max(k.scratch for k in kernels_of):7} {max(k.lds for k in kernels_of):5}"
+            f" {min(k.waves for k in kernels_of):10}"
+        )
+    return "\n".join(lines)
+
+
+def test_nothing_spills_and_lds_fits(found: list[Kernel], capsys: pytest.CaptureFixture) -> None:
+    with capsys.disabled():
+        print("\n" + table(found))
+    bad = [k for k in found if k.vgpr_spills or k.sgpr_spills or k.scratch or k.lds > 65536]
+    assert not bad
+    assert min(kernel.waves for kernel in found) >= 1
+
+
+def test_a_workgroup_is_four_waves_of_its_chip(found: list[Kernel]) -> None:
+    for kernel in found:
+        assert kernel.wave_size == (64 if kernel.arch.startswith("gfx9") else 32)
+        assert kernel.threads == 4 * kernel.wave_size
+
+
+def test_arguments_are_packed_as_the_host_packs_them(found: list[Kernel]) -> None:
+    for kernel in found:
+        assert kernel.arguments == ARGUMENTS.get(kernel.family, kernel.arguments)
+        assert kernel.arguments <= 4096
+    assert Counter(k.arguments for k in found if k.family == "copy").keys() == {2336, 3104}
+
+
+def test_kernels_do_not_look_where_they_run() -> None:
+    """device.h alone knows AMD from the host and from CUDA."""
+    for path in [*(SOURCE / "hip").glob("*.hip"), SOURCE / "hip" / "element.h"]:
+        text = path.read_text()
+        guard = "#ifndef RF_HIP_ELEMENT_H"
+        assert not re.search(r"^\s*#\s*(if|elif|ifdef|ifndef)\b", text.replace(guard, ""), re.M), (
+            path
+        )
+        assert "__builtin_amdgcn" not in text
