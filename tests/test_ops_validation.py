@@ -688,7 +688,7 @@ def test_foreign_strides():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"device": 10}, "query must be in host memory for the CPU operations, got a Foreign on DLPack device type 10"),
+        ({"device": 2}, "query must be in host memory for the CPU operations, got a Foreign on DLPack device type 2"),
         ({"bits": 64}, "query has a type that no argument can have: DLPack type code 2 with 64 bits"),
         ({"code": 1}, "DLPack type code 1 with 32 bits"),
         ({"lanes": 4}, "with 32 bits and 4 lanes"),

@@ -80,13 +80,6 @@ MUTATIONS = [
     ),
     ("wrong wave size", "attention", "WAVE", "", ""),
     (
-        "end of the share not tested",
-        "attention",
-        "attention.hip",
-        "if (token >= share.end) return -1;",
-        "",
-    ),
-    (
         "hidden keys weighed with 0 only",
         "attention",
         "attention.hip",
