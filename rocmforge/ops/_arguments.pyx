@@ -12,8 +12,8 @@ from libc.stdint cimport INT32_MAX, int32_t, int64_t, uint8_t
 
 from rocmforge.ops._arrays cimport (
     MAX_COUNT, apart, as_array, as_flag, as_floats, as_int32s, as_number, as_pool, as_vectors,
-    bad_shape, behaved, contiguous_rows, dtype_of, same_dtype, shape3, shape_text, stride_of, wide_dtype,
-    writable)
+    bad_shape, behaved, contiguous_rows, dtype_of, same_dtype, shape3, shape_text, stride_of,
+    wide_dtype, writable)
 from rocmforge.ops._params cimport (
     RF_NUM_WIDE_DTYPES, rf_attention_params, rf_copy_params, rf_merge_params, rf_paged, rf_scales,
     rf_write_params)
