@@ -20,7 +20,8 @@ __all__ = ["attend_with_prefix", "is_worthwhile"]
 Array = npt.NDArray[Any]
 
 # Measured on a Zen 4 with two threads by benchmarks/prefix_attention.py: from here on a decode step
-# took 1.03 to 1.21 times as long without. Below, two passes and a merge may cost more than they save.
+# took 1.03 to 1.21 times as long without. Below, two passes and a merge may cost more than they
+# save.
 MIN_SEQUENCES = 4
 MIN_TOKENS = 1024
 
