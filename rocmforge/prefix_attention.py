@@ -19,10 +19,11 @@ __all__ = ["attend_with_prefix", "is_worthwhile"]
 
 Array = npt.NDArray[Any]
 
-# Measured on the CPU by benchmarks/prefix_attention.py: below these the two passes and the merge
-# cost more than reading the prefix again and again.
+# Measured on a Zen 4 with two threads by benchmarks/prefix_attention.py: from here on a decode step
+# took 1.03 to 1.21 times as long without. Below, two passes and a merge may cost more than they
+# save.
 MIN_SEQUENCES = 4
-MIN_TOKENS = 256
+MIN_TOKENS = 1024
 
 
 def is_worthwhile(

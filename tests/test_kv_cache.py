@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import rocmforge.kv_cache
+import rocmforge.prefix_attention
 from ops_cases import (
     BFLOAT16,
     DTYPES,
@@ -369,6 +370,7 @@ def test_pools_begin_with_a_cache_line():
 def test_common_prefix(dtype, monkeypatch):
     """Six sequences from one prompt: read once if that is allowed, with the same result."""
     calls = []
+    monkeypatch.setattr(rocmforge.prefix_attention, "MIN_TOKENS", 256)
     original = rocmforge.kv_cache.attend_with_prefix
     monkeypatch.setattr(
         rocmforge.kv_cache,
@@ -395,7 +397,8 @@ def test_common_prefix(dtype, monkeypatch):
     assert len(calls) == 4
 
 
-def test_a_common_prefix_leaves_out_windows():
+def test_a_common_prefix_leaves_out_windows(monkeypatch):
+    monkeypatch.setattr(rocmforge.prefix_attention, "MIN_TOKENS", 256)
     groups = [LayerGroup(300, window=300, layers=[0, 1])]
     model = Model(
         KVCache(2, num_kv_heads=2, head_dim=16, block_size=4, dtype="float32", groups=groups)
@@ -407,8 +410,9 @@ def test_a_common_prefix_leaves_out_windows():
     model.step(dict.fromkeys(range(6), 1), deterministic=False)
 
 
-def test_out_and_bits_by_default():
+def test_out_and_bits_by_default(monkeypatch):
     """A sequence's result is the same bits, alone and in a batch with a common prefix."""
+    monkeypatch.setattr(rocmforge.prefix_attention, "MIN_TOKENS", 256)
     cache = KVCache(**ONE | {"num_blocks": 300}, dtype="float32")
     model = Model(cache)
     model.add(0)

@@ -3,16 +3,17 @@
 #ifndef RF_ROWS_H
 #define RF_ROWS_H
 
-#include <float.h>
 #include <math.h>
 
 #include "tile.h"
 
+/* The smallest normal number: its reciprocal is finite. */
+#define RF_SMALLEST_SCALE 0x1p-126f
 /* Elements of the largest vector, whole pairs of SIMD vectors. */
 #define RF_ROW_FLOATS 576
 
 #define RF_ROW(NAME, T)                                                                            \
-    static void row_from_##NAME(float *to, const void *from, int64_t n) {                          \
+    RF_INLINE void row_from_##NAME(float *to, const void *from, int64_t n) {                       \
         const T *x = from;                                                                         \
         for (int64_t i = 0; i < n; i += 2 * RF_W) {                                                \
             vf a, b;                                                                               \
@@ -34,7 +35,7 @@ RF_ROW(f32, float)
 RF_ROW(f16, uint16_t)
 RF_ROW(bf16n, uint16_t)
 
-static void row_from(float *to, const void *from, int64_t n, int dtype) {
+RF_INLINE void row_from(float *to, const void *from, int64_t n, int dtype) {
     if (dtype == RF_F32) row_from_f32(to, from, n);
     else if (dtype == RF_F16) row_from_f16(to, from, n);
     else row_from_bf16n(to, from, n);
@@ -91,8 +92,12 @@ static float bits_float(uint32_t u) {
     return x;
 }
 
+static int32_t choose(int which, int32_t yes, int32_t no) {
+    return (yes & -which) | (no & ~-which);
+}
+
 /* The scale that makes the largest element of a vector fit; see rf_scales. */
-static float scale_of(const float *x, int64_t n, float largest) {
+RF_INLINE float scale_of(const float *x, int64_t n, float largest) {
     int32_t top = 0; /* magnitudes order as integers, NaN above all */
     for (int64_t i = 0; i < n; i++) {
         int32_t m = (int32_t)(float_bits(x[i]) & 0x7fffffffu);
@@ -101,37 +106,40 @@ static float scale_of(const float *x, int64_t n, float largest) {
     if (top >= 0x7f800000) return NAN;
     if (top == 0) return 1.0f;
     float scale = bits_float((uint32_t)top) / largest;
-    return scale > FLT_MIN ? scale : FLT_MIN;
+    return scale > RF_SMALLEST_SCALE ? scale : RF_SMALLEST_SCALE;
 }
 
-/* Adding and taking away 1.5 * 2^23 rounds to an integer, ties to even. */
-static void quantise_i8(uint8_t *to, const float *x, int64_t n, float inverse) {
+/* Below, magnitudes are compared as integers and selected by masks: gcc makes branches of what
+ * might save it a float operation, and a loop with branches does not become vector code.
+ *
+ * Adding 2^23 rounds to an integer, ties to even. */
+RF_INLINE void quantise_i8(uint8_t *restrict to, const float *restrict x, int64_t n,
+                           float inverse) {
+    const int32_t largest = (int32_t)float_bits(127.0f);
     for (int64_t i = 0; i < n; i++) {
-        float y = x[i] * inverse;
-        y = y == y ? y : 0.0f;
-        y = y < 127.0f ? y : 127.0f;
-        y = y > -127.0f ? y : -127.0f;
-        to[i] = (uint8_t)float_bits(y + 12582912.0f);
+        int32_t u = (int32_t)float_bits(x[i] * inverse), m = u & 0x7fffffff, sign = u >> 31;
+        int32_t top = m < largest ? m : largest;
+        int32_t code = (int32_t)(float_bits(bits_float((uint32_t)top) + 0x1p23f) & 0xff);
+        code &= -(m <= 0x7f800000); /* NaN is 0 */
+        to[i] = (uint8_t)((code ^ sign) - sign);
     }
 }
 
 /* float8 with 4 bits of exponent and 3 of mantissa. Below the smallest normal, 2^(1 - bias), an
  * addition rounds to its steps of 2^(-2 - bias); the codes follow those of the normal numbers. */
-RF_INLINE void quantise_f8(uint8_t *to, const float *x, int64_t n, float inverse, float largest,
-                           uint32_t bias, int unsigned_zero) {
-    const float steps = bits_float((127 + 21 - bias) << 23);
-    const uint32_t normal = (128 - bias) << 23, nan = unsigned_zero ? 0x80 : 0x7f;
+RF_INLINE void quantise_f8(uint8_t *restrict to, const float *restrict x, int64_t n, float inverse,
+                           float largest, int32_t bias, int unsigned_zero) {
+    const float steps = bits_float((uint32_t)(127 + 21 - bias) << 23);
+    const int32_t normal = (128 - bias) << 23, nan = unsigned_zero ? 0x80 : 0x7f;
+    const int32_t limit = (int32_t)float_bits(largest);
     for (int64_t i = 0; i < n; i++) {
-        uint32_t u = float_bits(x[i] * inverse), sign = u >> 24 & 0x80;
-        float y = bits_float(u & 0x7fffffffu);
-        float z = y < largest ? y : largest;
-        uint32_t v = float_bits(z);
-        uint32_t small = float_bits(z + steps) - float_bits(steps);
-        uint32_t large = (v + 0x7ffff + (v >> 20 & 1) - ((127 - bias) << 23)) >> 20;
-        uint32_t code = v < normal ? small : large;
-        if (unsigned_zero) sign = code ? sign : 0;
-        code |= sign;
-        to[i] = (uint8_t)(y == y ? code : nan);
+        int32_t u = (int32_t)float_bits(x[i] * inverse), m = u & 0x7fffffff, sign = u >> 24 & 0x80;
+        int32_t v = m < limit ? m : limit;
+        int32_t small = (int32_t)(float_bits(bits_float((uint32_t)v) + steps) - float_bits(steps));
+        int32_t large = (v + 0x7ffff + (v >> 20 & 1) - ((127 - bias) << 23)) >> 20;
+        int32_t code = choose(v < normal, small, large);
+        if (unsigned_zero) sign &= -(code != 0);
+        to[i] = (uint8_t)choose(m > 0x7f800000, nan, code | sign);
     }
 }
 
@@ -141,38 +149,43 @@ RF_INLINE void quantise_row(uint8_t *to, const float *x, int64_t n, float invers
     else quantise_f8(to, x, n, inverse, 240.0f, 8, 1);
 }
 
-static void quantise_part(const rf_write_params *p, const rf_rows *from, const rf_paged *to,
-                          const rf_scales *scales, int64_t n, int64_t token, int64_t block,
-                          int64_t offset) {
+/* Keys or values of one token, n elements a head. */
+RF_INLINE void quantise_heads(const rf_write_params *p, const rf_rows *from, const rf_paged *to,
+                              const rf_scales *scales, int64_t n, int64_t token, int64_t block,
+                              int64_t offset, int kv_dtype) {
     const int64_t size = p->dtype == RF_F32 ? 4 : 2;
-    const float largest = p->kv_dtype == RF_I8       ? 127.0f
-                          : p->kv_dtype == RF_E4M3FN ? 448.0f
-                                                     : 240.0f;
+    const float largest = kv_dtype == RF_I8 ? 127.0f : kv_dtype == RF_E4M3FN ? 448.0f : 240.0f;
     _Alignas(64) float x[RF_ROW_FLOATS];
+    const char *row = row_at(from, token, 0, size);
+    uint8_t *codes = (uint8_t *)to->data + block * to->block_stride + offset * to->token_stride;
+    float *scale = scales->data;
+    if (scale) scale += block * scales->block_stride + offset * scales->token_stride;
     for (int64_t h = 0; h < p->num_kv_heads; h++) {
-        float scale = scales->value;
-        row_from(x, row_at(from, token, h, size), n, p->dtype);
-        if (scales->data) {
-            float *at = scales->data + block * scales->block_stride + h * scales->head_stride +
-                        offset * scales->token_stride;
-            if (scales->per_token) *at = scale_of(x, n, largest);
-            scale = *at;
+        float factor = scales->value;
+        row_from(x, row + h * from->head_stride * size, n, p->dtype);
+        if (scale) {
+            if (scales->per_token) scale[h * scales->head_stride] = scale_of(x, n, largest);
+            factor = scale[h * scales->head_stride];
         }
-        quantise_row((uint8_t *)to->data + block * to->block_stride + h * to->head_stride +
-                         offset * to->token_stride,
-                     x, n, 1.0f / scale, p->kv_dtype);
+        quantise_row(codes + h * to->head_stride, x, n, 1.0f / factor, kv_dtype);
+    }
+}
+
+RF_INLINE void quantise_tokens(const rf_write_params *p, int64_t begin, int64_t end, int kv_dtype) {
+    for (int64_t i = begin; i < end; i++) {
+        int64_t slot = p->slot_mapping[i];
+        if (slot < 0) continue;
+        int64_t block = slot / p->block_size, at = slot - block * p->block_size;
+        quantise_heads(p, &p->key, &p->k, &p->k_scale, p->head_dim, i, block, at, kv_dtype);
+        if (p->v.data)
+            quantise_heads(p, &p->value, &p->v, &p->v_scale, p->v_head_dim, i, block, at, kv_dtype);
     }
 }
 
 static void quantise(const rf_write_params *p, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) {
-        int64_t slot = p->slot_mapping[i];
-        if (slot < 0) continue;
-        int64_t block = slot / p->block_size, offset = slot - block * p->block_size;
-        quantise_part(p, &p->key, &p->k, &p->k_scale, p->head_dim, i, block, offset);
-        if (p->v.data)
-            quantise_part(p, &p->value, &p->v, &p->v_scale, p->v_head_dim, i, block, offset);
-    }
+    if (p->kv_dtype == RF_I8) quantise_tokens(p, begin, end, RF_I8);
+    else if (p->kv_dtype == RF_E4M3FN) quantise_tokens(p, begin, end, RF_E4M3FN);
+    else quantise_tokens(p, begin, end, RF_E4M3FNUZ);
 }
 
 #endif
