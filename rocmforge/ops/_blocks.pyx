@@ -224,9 +224,7 @@ def copy_blocks(caches, copies, *, stream=None):
     ValueError
         A shape, dtype or block id that does not fit, named with what was expected and what came.
     TypeError
-        An argument of a wrong kind.
-    MemoryError
-        No scratch memory. After any error nothing was written.
+        An argument of a wrong kind. After any error nothing was written.
     """
     hip = hip_operations(_first(caches))
     if hip is not None:
@@ -338,9 +336,7 @@ def scatter_blocks(caches, block_ids, data, *, stream=None):
     ValueError
         A shape, dtype or block id that does not fit, named with what was expected and what came.
     TypeError
-        An argument of a wrong kind.
-    MemoryError
-        No scratch memory. After any error nothing was written.
+        An argument of a wrong kind. After any error nothing was written.
 
     Examples
     --------

@@ -87,6 +87,32 @@ static int compare(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
+/* A block that is there twice in to[0], to[stride], ..., or in `from` (NULL: nothing) as well; -1
+ * for none. Sorted in parts where there is no memory for all, so that it cannot fail: who copies
+ * blocks after a step was planned could not take the step back. */
+static int32_t repeated(const int32_t *to, const int32_t *from, int64_t stride, int64_t n) {
+    int32_t few[64], bad = -1;
+    int64_t room = 64;
+    int32_t *part = n <= room ? few : rf_alloc((size_t)n * sizeof *part);
+    if (part && part != few) room = n;
+    if (!part) part = few;
+    for (int64_t begin = 0; begin < n && bad < 0; begin += room) {
+        int64_t count = n - begin < room ? n - begin : room;
+        for (int64_t i = 0; i < count; i++) part[i] = to[(begin + i) * stride];
+        qsort(part, (size_t)count, sizeof *part, compare);
+        for (int64_t i = 1; i < count; i++)
+            if (part[i] == part[i - 1]) bad = part[i];
+        for (int64_t i = begin + count; i < n; i++)
+            if (bsearch(&to[i * stride], part, (size_t)count, sizeof *part, compare))
+                bad = to[i * stride];
+        for (int64_t i = 0; from && i < n; i++)
+            if (bsearch(&from[i * stride], part, (size_t)count, sizeof *part, compare))
+                bad = from[i * stride];
+    }
+    if (part != few) rf_free(part);
+    return bad;
+}
+
 /* Blocks are copied in any order, or at once on a GPU: so no destination may be written twice or be
  * read. */
 int rf_cpu_check_copy(const int32_t *copies, int64_t n, int64_t num_blocks, rf_fault *f) {
@@ -94,17 +120,7 @@ int rf_cpu_check_copy(const int32_t *copies, int64_t n, int64_t num_blocks, rf_f
         for (int64_t j = 0; j < 2; j++)
             if (copies[2 * i + j] < 0 || copies[2 * i + j] >= num_blocks)
                 return fault_at(f, RF_FAULT_COPY_RANGE, i, j, copies[2 * i + j], num_blocks);
-    int32_t few[64];
-    int32_t *to = n <= 64 ? few : rf_alloc((size_t)n * sizeof *to);
-    if (!to) return RF_ERR_NO_MEMORY;
-    for (int64_t i = 0; i < n; i++) to[i] = copies[2 * i + 1];
-    qsort(to, (size_t)n, sizeof *to, compare);
-    int32_t bad = -1;
-    for (int64_t i = 1; i < n; i++)
-        if (to[i] == to[i - 1]) bad = to[i];
-    for (int64_t i = 0; i < n; i++)
-        if (bsearch(&copies[2 * i], to, (size_t)n, sizeof *to, compare)) bad = copies[2 * i];
-    if (to != few) rf_free(to);
+    int32_t bad = repeated(copies + 1, copies, 2, n);
     if (bad < 0) return RF_OK;
     int64_t at = 0;
     while (copies[2 * at + 1] != bad) at++;
@@ -116,16 +132,7 @@ int rf_cpu_check_blocks(const int32_t *ids, int64_t n, int64_t num_blocks, int w
     for (int64_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= num_blocks)
             return fault_at(f, RF_FAULT_BLOCK_ID, i, 0, ids[i], num_blocks);
-    if (!written) return RF_OK;
-    int32_t few[64];
-    int32_t *sorted = n <= 64 ? few : rf_alloc((size_t)n * sizeof *sorted);
-    if (!sorted) return RF_ERR_NO_MEMORY;
-    memcpy(sorted, ids, (size_t)n * sizeof *sorted);
-    qsort(sorted, (size_t)n, sizeof *sorted, compare);
-    int32_t bad = -1;
-    for (int64_t i = 1; i < n; i++)
-        if (sorted[i] == sorted[i - 1]) bad = sorted[i];
-    if (sorted != few) rf_free(sorted);
+    int32_t bad = written ? repeated(ids, NULL, 1, n) : -1;
     if (bad < 0) return RF_OK;
     int64_t at = n - 1;
     while (ids[at] != bad) at--;

@@ -71,11 +71,9 @@ typedef struct rf_fault {
 int rf_cpu_check_attention(const rf_attention_params *p, int64_t max_seqlen_q, int64_t max_seq_len,
                            int64_t mask_width, int64_t *work, rf_fault *fault);
 int rf_cpu_check_write(const rf_write_params *p, rf_fault *fault);
-/* RF_ERR_NO_MEMORY is possible besides a fault. */
 int rf_cpu_check_copy(const int32_t *copies, int64_t num_copies, int64_t num_blocks,
                       rf_fault *fault);
-/* Block ids of a gather, or of a scatter, which writes to them: then none may be there twice.
- * RF_ERR_NO_MEMORY is possible besides a fault. */
+/* Block ids of a gather, or of a scatter, which writes to them: then none may be there twice. */
 int rf_cpu_check_blocks(const int32_t *ids, int64_t num_ids, int64_t num_blocks, int written,
                         rf_fault *fault);
 
