@@ -555,17 +555,29 @@ cdef class PageTable:
 
     def sequence_ids(self):
         """The ids of all sequences as a uint64 array ``[num_sequences]``, in no promised order."""
-        return np.fromiter((id for id, _ in self._items()), np.uint64, self.map.num_ids)
+        cdef int32_t row
+        cdef uint64_t *at
+        while True:  # making the array may have let others in
+            out = np.empty(self.map.num_ids, np.uint64)
+            if len(out) == self.map.num_ids:
+                break
+        at = <uint64_t *> cnp.PyArray_DATA(out)
+        for row in range(self.map.num_rows):
+            if self.has_sequence(row):
+                at[0] = self.map.ids[row]
+                at += 1
+        return out
 
     def _items(self):
-        """Pairs (sequence id, row) of all sequences, by row."""
+        """Pairs (sequence id, row) of all sequences, by row: for checks."""
         cdef int32_t row
-        found = []
-        for row in range(self.map.num_rows):
-            # a free row's id is a link, which may look like an id: only its own row counts
-            if rf_id_map_find(&self.map, self.map.ids[row]) == row:
-                found.append((self.map.ids[row], row))
-        return found
+        return [(self.map.ids[row], row) for row in range(self.map.num_rows)
+                if self.has_sequence(row)]
+
+    cdef bint has_sequence(self, int32_t row) noexcept:
+        """Whether a row is a sequence's. No object is made: loops over rows see one moment."""
+        # a free row's id is a link, which may look like an id: only its own row counts
+        return rf_id_map_find(&self.map, self.map.ids[row]) == row
 
     @property
     def nbytes(self):
@@ -581,8 +593,9 @@ cdef class PageTable:
         """An independent table with the same sequences and blocks; writable."""
         cdef PageTable other = PageTable(self.block_size)
         cdef int32_t row
-        for sequence_id, row in self._items():
-            other.append(sequence_id, self.lists[row].ids, self.lists[row].num)
+        for row in range(self.map.num_rows):
+            if self.has_sequence(row):
+                other.append(self.map.ids[row], self.lists[row].ids, self.lists[row].num)
         return other
 
     def __reduce__(self):
@@ -608,8 +621,10 @@ cdef class PageTable:
         cdef int32_t mine, theirs
         if self.block_size != that.block_size or self.map.num_ids != that.map.num_ids:
             return False
-        for sequence_id, mine in self._items():
-            theirs = rf_id_map_find(&that.map, sequence_id)
+        for mine in range(self.map.num_rows):
+            if not self.has_sequence(mine):
+                continue
+            theirs = rf_id_map_find(&that.map, self.map.ids[mine])
             if theirs == RF_NO_ROW or self.lists[mine].num != that.lists[theirs].num:
                 return False
             if self.lists[mine].num and memcmp(self.lists[mine].ids, that.lists[theirs].ids,

@@ -139,11 +139,32 @@ def load_allocator(num_blocks, clock, total_evictions, arrays):
 
 def dump_page_table(PageTable table not None):
     """What `load_page_table` takes."""
-    items = table._items()
-    lists = [table.copy_ids(row) for _, row in items]
-    counts = np.fromiter(map(len, lists), np.int64, len(lists))
-    ids = np.fromiter((sequence_id for sequence_id, _ in items), np.uint64, len(items))
-    return table.block_size, ids, counts, np.concatenate([np.empty(0, np.int32), *lists])
+    cdef int64_t num_blocks = 0, i = 0
+    cdef int32_t row
+    cdef BlockList *blocks
+    cdef cnp.ndarray ids, counts, flat
+    while True:
+        num_blocks = 0
+        for row in range(table.map.num_rows):
+            num_blocks += table.lists[row].num
+        ids, counts = np.empty(table.map.num_ids, np.uint64), np.empty(table.map.num_ids, np.int64)
+        flat = np.empty(num_blocks, np.int32)
+        # making the arrays may have let others in
+        for row in range(table.map.num_rows):
+            num_blocks -= table.lists[row].num
+        if num_blocks == 0 and len(ids) == len(counts) == table.map.num_ids:
+            break
+    for row in range(table.map.num_rows):
+        if table.has_sequence(row):
+            blocks = &table.lists[row]
+            (<uint64_t *> cnp.PyArray_DATA(ids))[i] = table.map.ids[row]
+            (<int64_t *> cnp.PyArray_DATA(counts))[i] = blocks.num
+            if blocks.num:
+                memcpy(<int32_t *> cnp.PyArray_DATA(flat) + num_blocks, blocks.ids,
+                       blocks.num * sizeof(int32_t))
+            num_blocks += blocks.num
+            i += 1
+    return table.block_size, ids, counts, flat
 
 
 def load_page_table(block_size, ids, counts, blocks):
