@@ -282,41 +282,35 @@ def write(args: argparse.Namespace, probe: Probe) -> None:
     rows = []
     dtype = "bfloat16" if "bfloat16" in args.dtypes else args.dtypes[0]
     pool = Pool(dtype, args.block_sizes[0], args.layouts[0], args.pool_bytes)
+    memory = Memory(args.pool_bytes)
     rng = np.random.default_rng(2)
     for tokens in args.write:
         new = [
             rng.standard_normal((tokens, KV_HEADS, HEAD_DIM), np.float32).astype(pool.dtype)
             for _ in range(2)
         ]
-        capacity = pool.order.size * pool.block_size
-        if tokens > capacity:
+        if tokens > pool.order.size * pool.block_size:
             continue
-        slots = [rng.permutation(capacity)[:tokens] for _ in range(2)]
-        for slot in slots:  # tokens of a prompt are neighbours in their blocks
-            blocks = rng.permutation(pool.order.size)[: -(-tokens // pool.block_size)]
-            slot[:] = (blocks[:, None] * pool.block_size + np.arange(pool.block_size)).ravel()[
-                :tokens
-            ]
-        want = [cache.copy() for cache in pool.caches] if tokens <= 32 else None
-        write_kv(*new, *pool.caches, slots[0], layout=pool.layout)
-        if want:
-            reference.write_kv(*new, *want, slots[0], layout=pool.layout)
-            for got, expected in zip(pool.caches, want, strict=True):
-                if not np.array_equal(got.view(np.uint16), expected.view(np.uint16)):
-                    raise SystemExit("write_kv is wrong")
+
+        def slots(n: int = tokens) -> np.ndarray:
+            """Of the next blocks of the rotation; a prompt's tokens are neighbours in them."""
+            blocks = pool.take(-(-n // pool.block_size)).astype(np.int64)
+            return (blocks[:, None] * pool.block_size + np.arange(pool.block_size)).ravel()[:n]
+
+        check_write(pool, new, slots())
         nbytes = 2 * new[0].nbytes
-        source, target = (np.frombuffer(aligned_zeros(nbytes), np.uint8) for _ in range(2))
         for threads in args.threads:
             set_num_threads(threads)
-            ours = median_seconds(
-                lambda n=new, s=slots: [
-                    write_kv(*n, *pool.caches, x, layout=pool.layout) for x in s
-                ],
-                repeats=args.repeats,
-                seconds=0.02,
-            )
-            ours /= len(slots)
-            copy = statistics.median(nbytes / probe.copy(source, target, threads) for _ in range(5))
+            if tokens < 2048:  # hot
+                same = slots()
+                ours = median_seconds(
+                    lambda n=new, s=same: write_kv(*n, *pool.caches, s, layout=pool.layout),
+                    repeats=args.repeats,
+                    seconds=0.02,
+                )
+                copy = None
+            else:  # to blocks and to memory that were not touched for long, in turn
+                ours, copy = write_and_copy(pool, new, slots, probe, memory, threads, args.repeats)
             rows.append(
                 [
                     f"write {tokens}",
@@ -324,11 +318,61 @@ def write(args: argparse.Namespace, probe: Probe) -> None:
                     threads,
                     f"{ours * 1e6:.1f}",
                     f"{nbytes / ours / 1e9:.1f}",
+                    f"{copy / ours:.2f}" if copy else "-",
                 ]
-                + ([f"{copy / ours:.2f}"] if tokens >= 2048 else ["-"])
             )
     print("\nwrite_kv from Python; copy is the best of memcpy and streaming stores")
     print_table(["problem", "dtype", "threads", "us", "GB/s", "of copy"], rows)
+
+
+def check_write(pool: Pool, new: list[np.ndarray], slots: np.ndarray) -> None:
+    """Every byte that was to be written; for few tokens also that no other was."""
+    before = [cache.copy() for cache in pool.caches] if len(slots) <= 32 else None
+    write_kv(*new, *pool.caches, slots, layout=pool.layout)
+    if before:
+        reference.write_kv(*new, *before, slots, layout=pool.layout)
+        right = all(map(same_bits, pool.caches, before))
+    else:
+        blocks, offsets = slots // pool.block_size, slots % pool.block_size
+        where = (blocks, slice(None), offsets) if pool.layout == "HND" else (blocks, offsets)
+        right = all(same_bits(cache[where], x) for cache, x in zip(pool.caches, new, strict=True))
+    if not right:
+        raise SystemExit(f"write_kv is wrong for {len(slots)} tokens")
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    kind = f"u{a.dtype.itemsize}"
+    return np.array_equal(a.view(kind), b.view(kind))
+
+
+def write_and_copy(
+    pool: Pool,
+    new: list[np.ndarray],
+    slots: Callable[[], np.ndarray],
+    probe: Probe,
+    memory: Memory,
+    threads: int,
+    repeats: int,
+) -> tuple[float, float]:
+    """Median seconds of a write and of a copy of as many bytes.
+
+    Of each the better of two runs one after the other, the second of which finds its source in the
+    cache, as what a layer has just computed is.
+    """
+    source = np.concatenate([x.view(np.uint8).ravel() for x in new])
+    taken: tuple[list[float], list[float]] = ([], [])
+    for _ in range(repeats + 1):
+        seconds = []
+        time.sleep(0.01)  # until the threads of who came before have stopped polling
+        for some in (slots(), slots()):
+            start = time.perf_counter()
+            write_kv(*new, *pool.caches, some, layout=pool.layout)
+            seconds.append(time.perf_counter() - start)
+        taken[0].append(min(seconds))
+        time.sleep(0.01)
+        taken[1].append(source.nbytes / probe.copy(source, memory.take(source.nbytes), threads))
+    ours, copy = (statistics.median(times[1:]) for times in taken)
+    return ours, copy
 
 
 def calls(args: argparse.Namespace) -> None:
