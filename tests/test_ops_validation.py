@@ -750,7 +750,7 @@ def test_set_num_threads_rejects(n, error, message):
 def test_isas():
     assert _cpu.isa() in _cpu.available_isas()
     assert "portable" in _cpu.available_isas()  # last, but for emulated ones
-    with pytest.raises(ValueError, match=r"isa must be one of .*portable, got 'mmx'"):
+    with pytest.raises(ValueError, match=r"isa must be one of .*portable.*, got 'mmx'"):
         _cpu._set_isa("mmx")
 
 
