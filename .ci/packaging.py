@@ -59,7 +59,7 @@ def check_wheel(wheel: Path) -> str:
 def check_sdist(sdist: Path) -> str:
     with tarfile.open(sdist) as archive:
         names = {n.split("/", 1)[1] for n in archive.getnames() if "/" in n}
-    needed = ["CMakeLists.txt", "LICENSE", "README.md", "CHANGELOG.md", "conftest.py"]
+    needed = ["CMakeLists.txt", "LICENSE", "README.md", "CHANGELOG.md", "tests/conftest.py"]
     for folder in ("src_c", "rocmforge", "tests"):
         needed += [
             str(path.relative_to(ROOT))

@@ -1,8 +1,29 @@
-"""Fixtures of the tests of the operations."""
+"""What all tests share: the path, hypothesis profiles, and fixtures of the operations."""
+
+import sys
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
-from rocmforge.ops import _cpu, get_num_threads, set_num_threads
+# `python -m pytest` puts the source tree on the path: the tests must see the installed package.
+tree = Path(__file__).resolve().parent.parent
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != tree]
+
+from rocmforge.ops import _cpu, get_num_threads, set_num_threads  # noqa: E402
+
+# Chosen by --hypothesis-profile; no deadlines, as a machine's load must not fail a test.
+settings.register_profile(
+    "normal",
+    max_examples=120,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+normal = settings.get_profile("normal")
+settings.register_profile("short", normal, max_examples=10, stateful_step_count=30)
+settings.register_profile("long", normal, max_examples=2000, stateful_step_count=120)
+settings.load_profile("normal")
 
 
 @pytest.fixture(params=_cpu.available_isas())
