@@ -3,6 +3,7 @@
 """Writing new tokens into the cache, and moving whole blocks."""
 
 cimport numpy as cnp
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport int32_t, int64_t
 
 from rocmforge.ops cimport _cpu
@@ -168,14 +169,12 @@ cdef class _Pools:
 
     def __init__(self, caches, bint written):
         cdef cnp.ndarray a
-        cdef unsigned char[::1] raw
         if not isinstance(caches, (list, tuple)):
             caches = (caches,)
         self.num = len(caches)
         self.arrays = []
         self.memory = bytearray(sizeof(rf_copy_params) * max(self.num, 1))
-        raw = self.memory
-        self.data = <rf_copy_params *>&raw[0]
+        self.data = <rf_copy_params *>PyByteArray_AS_STRING(self.memory)
         for i, cache in enumerate(caches):
             name = f"caches[{i}]"
             a = as_array(cache, name)
