@@ -34,7 +34,7 @@ cdef enum:
 # arrays in and out
 cdef object hip_operations(object x)
 cdef cnp.ndarray as_array(object x, str name)
-cdef cnp.ndarray dlpack_array(object capsule, str name)
+cdef cnp.ndarray dlpack_array(object capsule, object producer, str name)
 cdef int dlpack_type(cnp.ndarray a, rf_dl_tensor *t) except -1
 cdef cnp.ndarray array_at(void *data, object shape, cnp.dtype descr, object base)
 cdef cnp.ndarray new_array(int dtype, int ndim, const cnp.npy_intp *dims)
