@@ -199,7 +199,7 @@ cdef class DeviceArray:
         t.ndim = self.ndim
         t.byte_offset = 0
         try:
-            dlpack_type(self._array, t)
+            dlpack_type(self._array.descr, t)
         except ValueError as error:
             PyMem_Free(e)
             raise BufferError(str(error)) from None

@@ -10,7 +10,7 @@ from rocmforge.ops cimport _cpu
 from rocmforge.ops._arguments cimport as_scale, read_blocks, read_write
 from rocmforge.ops._arrays cimport (
     apart, as_array, as_bound, as_int32s, bad_shape, behaved, contiguous_rows, hip_operations,
-    host_only, is_nhd, shape_text, stride_of, wide_dtype, writable)
+    host_only, host_result, is_nhd, like_library, shape_text, stride_of, wide_dtype, writable)
 from rocmforge.ops._params cimport rf_copy_params, rf_write_params
 
 import numpy as np
@@ -120,8 +120,9 @@ def calibrate(key, value, dtype):
 
     Returns
     -------
-    k_scale, v_scale : numpy.ndarray float32 [num_kv_heads]
-        1 for a head of zeros. v_scale is None where value is.
+    k_scale, v_scale : array float32 [num_kv_heads]
+        Of key's library, as by `paged_attention`. 1 for a head of zeros. v_scale is None where
+        value is.
 
     Raises
     ------
@@ -142,9 +143,10 @@ def calibrate(key, value, dtype):
     if kind.name not in _dtypes.EIGHT_BIT:
         raise ValueError(f"dtype must be one of {', '.join(_dtypes.EIGHT_BIT)}, got {kind.name}")
     k_scale = _head_scales(as_array(key, "key"), "key", kind)
+    k_scale = like_library(k_scale, key)
     if value is None:
         return k_scale, None
-    return k_scale, _head_scales(as_array(value, "value"), "value", kind)
+    return k_scale, like_library(_head_scales(as_array(value, "value"), "value", kind), key)
 
 
 cdef object _head_scales(cnp.ndarray a, str name, object kind):
@@ -280,7 +282,7 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     Returns
     -------
     array uint8 [n, bytes of a block in all caches]
-        ``out``, or a new NumPy array: in each row the block of the first cache in the order of its
+        ``out``, or a new array of the first cache's library, as by `paged_attention`: in each row the block of the first cache in the order of its
         dimensions, whatever its strides, then that of the second.
 
     Raises
@@ -302,9 +304,12 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     cdef int64_t n = cnp.PyArray_DIM(ids, 0)
     host_only(stream)
     cdef _Pools pools = _Pools(caches, False)
+    cdef cnp.npy_intp[2] dims
     if out is None:
-        out = np.empty((n, pools.block_bytes), np.uint8)
-    rows = as_array(out, "out")
+        dims[0], dims[1] = n, pools.block_bytes
+        out, rows = host_result(_first(caches), np.dtype(np.uint8), 2, dims)
+    else:
+        rows = as_array(out, "out")
     _rows(rows, "out", n, pools.block_bytes)
     writable(rows, "out")
     pools.keep_apart(rows, "out")
