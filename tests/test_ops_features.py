@@ -12,6 +12,7 @@ from ops_cases import (
     DTYPES,
     EIGHT_BIT,
     FLOAT8,
+    FLOAT8UZ,
     FLOAT16,
     FLOAT32,
     INT8,
@@ -31,6 +32,7 @@ from rocmforge.ops import (
     merge_states,
     paged_attention,
     set_num_threads,
+    write_kv,
 )
 
 ISAS = _cpu.available_isas()
@@ -287,6 +289,26 @@ def test_reads_nothing_past_the_end(dtype, kv_dtype, head_dim):
     _, lse = safe.call(paged_attention, out=out, return_lse=True, **options)
     assert_close(out, want, bound)
     assert_lse_close(lse, want_lse)
+
+
+@pytest.mark.parametrize("kv_dtype", [FLOAT8, FLOAT8UZ], ids=str)
+@pytest.mark.parametrize("scales", ["token", "head"])
+def test_float8_as_uint8(kv_dtype, scales):
+    problem = make(BFLOAT16, [40, 7], [2, 1], kv_dtype=kv_dtype, scales=scales)
+    out = problem.call(paged_attention)
+    plain = problem.but(k_cache=problem.k_cache.view("u1"), v_cache=problem.v_cache.view("u1"))
+    np.testing.assert_array_equal(plain.call(paged_attention, kv_dtype=kv_dtype.name), out)
+    one = problem.but(v_cache=plain.v_cache)  # the other cache decides
+    np.testing.assert_array_equal(one.call(paged_attention), out)
+
+    key = np.repeat(np.float32([1.0, -3.0, 0.1]), 128).reshape(3, 2, 64)
+    slots = np.array([33, 5, -1])
+    caches = np.zeros((2, 2, 4, 2, 16, 64), np.uint8)
+    for pair, how in zip(caches, (kv_dtype, None), strict=True):
+        k, v = pair if how is not None else pair.view(kv_dtype)
+        write_kv(key, key, k, v, slots, k_scale=0.5, v_scale=2.0, kv_dtype=how)
+    np.testing.assert_array_equal(*caches)
+    assert caches.any()
 
 
 @pytest.mark.usefixtures("isa")

@@ -38,6 +38,7 @@ def paged_attention(
     mask: Any = None,
     k_scale: Any = None,
     v_scale: Any = None,
+    kv_dtype: Any = None,
     max_seqlen_q: int | None = None,
     max_seq_len: int | None = None,
     num_splits: int | None = None,
@@ -57,6 +58,7 @@ def write_kv(
     *,
     k_scale: Any = None,
     v_scale: Any = None,
+    kv_dtype: Any = None,
     layout: str = "HND",
     stream: _Stream = None,
 ) -> None: ...

@@ -210,9 +210,9 @@ def attention_workspace_size(*, num_seqs, num_heads, num_kv_heads, head_dim, max
 
 def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q=None, *, rows=None,
                     scale=None, causal=True, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-                    sinks=None, mask=None, k_scale=None, v_scale=None, max_seqlen_q=None,
-                    max_seq_len=None, num_splits=None, deterministic=True, layout="HND", out=None,
-                    return_lse=False, workspace=None, stream=None):
+                    sinks=None, mask=None, k_scale=None, v_scale=None, kv_dtype=None,
+                    max_seqlen_q=None, max_seq_len=None, num_splits=None, deterministic=True,
+                    layout="HND", out=None, return_lse=False, workspace=None, stream=None):
     """`rocmforge.ops.paged_attention` on the HIP device that query is on."""
     cdef rf_attention_launch a
     cdef _Plan plan
@@ -237,7 +237,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     memset(&a, 0, sizeof(a))
     k_scale = _scale(k_scale, "k_scale", device, number)
     v_scale = _scale(v_scale, "v_scale", device, number)
-    read_attention(&a.p, q, k, v, k_scale, v_scale, nhd)
+    read_attention(&a.p, q, k, v, k_scale, v_scale, nhd, kv_dtype)
     read_batch(&a.p, table, lens, cu, row_array)
     read_logits(&a.p, scale, causal, window_size, softcap, slopes, sink_array)
     mask_width = read_mask(&a.p, mask_array)
@@ -306,7 +306,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
 # ---------------------------------------------------------------- writes and merges
 
 def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None,
-             layout="HND", stream=None):
+             kv_dtype=None, layout="HND", stream=None):
     """`rocmforge.ops.write_kv` on the HIP device that key is on."""
     cdef rf_write_launch a
     cdef Device device = _device(key, "key")
@@ -321,7 +321,7 @@ def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scal
     memset(&a, 0, sizeof(a))
     k_scale = _scale(k_scale, "k_scale", device, number)
     v_scale = _scale(v_scale, "v_scale", device, number)
-    read_write(&a.p, kk, vv, k, v, slots, k_scale, v_scale, is_nhd(layout))
+    read_write(&a.p, kk, vv, k, v, slots, k_scale, v_scale, is_nhd(layout), kv_dtype)
     for cache, name in ((k, "k_cache"), (v, "v_cache")):
         for other, other_name in ((kk, "key"), (vv, "value"), (slots, "slot_mapping")):
             apart(cache, name, other, other_name)

@@ -6,7 +6,7 @@ from rocmforge.ops._params cimport (
 
 cdef object as_scale(object scale, str name)
 cdef int read_attention(rf_attention_params *p, cnp.ndarray query, cnp.ndarray k, cnp.ndarray v,
-                        object k_scale, object v_scale, bint nhd) except -1
+                        object k_scale, object v_scale, bint nhd, object kv_dtype) except -1
 cdef int read_batch(rf_attention_params *p, cnp.ndarray table, cnp.ndarray lens, cnp.ndarray cu,
                     cnp.ndarray rows) except -1
 cdef int read_logits(rf_attention_params *p, object scale, object causal, object window_size,
@@ -14,7 +14,7 @@ cdef int read_logits(rf_attention_params *p, object scale, object causal, object
 cdef int64_t read_mask(rf_attention_params *p, cnp.ndarray mask) except -2
 cdef int read_write(rf_write_params *p, cnp.ndarray key, cnp.ndarray value, cnp.ndarray k,
                     cnp.ndarray v, cnp.ndarray slots, object k_scale, object v_scale,
-                    bint nhd) except -1
+                    bint nhd, object kv_dtype) except -1
 cdef int read_merge(rf_merge_params *p, cnp.ndarray out_a, cnp.ndarray lse_a, cnp.ndarray out_b,
                     cnp.ndarray lse_b) except -1
 cdef int read_merged(rf_merge_params *p, cnp.ndarray out_a, cnp.ndarray lse_a, cnp.ndarray out_b,

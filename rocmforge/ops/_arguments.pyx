@@ -15,13 +15,16 @@ from rocmforge.ops._arrays cimport (
     bad_shape, behaved, contiguous_rows, dtype_of, same_dtype, shape3, shape_text, stride_of,
     wide_dtype, writable)
 from rocmforge.ops._params cimport (
-    RF_NUM_WIDE_DTYPES, rf_attention_params, rf_copy_params, rf_merge_params, rf_paged, rf_scales,
-    rf_write_params)
+    RF_E4M3FN, RF_E4M3FNUZ, RF_NUM_WIDE_DTYPES, rf_attention_params, rf_copy_params,
+    rf_merge_params, rf_paged, rf_scales, rf_write_params)
+
+from rocmforge import dtypes as _dtypes
 
 cnp.import_array()
 
 cdef int _MIN_DIM = 8, _MAX_DIM = 576
 cdef str _EIGHT_BIT = "float8_e4m3fn, float8_e4m3fnuz or int8"
+cdef str _FLOAT8 = "float8_e4m3fn or float8_e4m3fnuz"
 cdef str _SCALE_FORMS = ("a float, float32 [num_kv_heads], or a float32 pool [num_blocks, "
                          "num_kv_heads, block_size]")
 cdef tuple _NO_WINDOW = (-1, -1)
@@ -44,6 +47,24 @@ cdef int _head_dim(cnp.ndarray a, str name) except -1:
     return <int>dim
 
 
+cdef cnp.ndarray _typed(cnp.ndarray a, str name, cnp.ndarray other, object kv_dtype):
+    """One of the caches, float8 where it came as uint8: kv_dtype says which, or the other cache."""
+    if kv_dtype is not None:
+        kind = _dtypes.resolve(kv_dtype)
+        if kind.name not in _dtypes.EIGHT_BIT[:2]:
+            raise ValueError(f"kv_dtype must be {_FLOAT8}, the types that may come as uint8, got "
+                             f"{kind.name}")
+    elif other is not None and dtype_of(other) in (RF_E4M3FN, RF_E4M3FNUZ):
+        kind = other.dtype
+    else:
+        return a
+    if a is not None and cnp.PyArray_TYPE(a) == cnp.NPY_UBYTE:
+        return a.view(kind)
+    if kv_dtype is not None and a is not None and a.dtype != kind:
+        raise ValueError(f"{name} must be {kind.name}, as kv_dtype says, or uint8, got {a.dtype}")
+    return a
+
+
 cdef int _cache_dtypes(cnp.ndarray k, cnp.ndarray v, cnp.ndarray new, str new_name) except -1:
     """The type of the caches: that of the new vectors, or an 8-bit one; v may be None."""
     cdef int code = dtype_of(k)
@@ -51,7 +72,9 @@ cdef int _cache_dtypes(cnp.ndarray k, cnp.ndarray v, cnp.ndarray new, str new_na
         behaved(k, "k_cache")
     else:
         raise ValueError(f"k_cache must have the dtype of {new_name}, {new.dtype}, or be "
-                         f"{_EIGHT_BIT}, got {k.dtype}")
+                         f"{_EIGHT_BIT}, got {k.dtype}"
+                         + ("; kv_dtype says which float8 uint8 holds"
+                            if cnp.PyArray_TYPE(k) == cnp.NPY_UBYTE else ""))
     if v is None:
         return code
     if code >= RF_NUM_WIDE_DTYPES:
@@ -143,11 +166,12 @@ cdef bint _latent(const rf_paged *k, const rf_paged *v, int64_t vector_bytes) no
 # ---------------------------------------------------------------- attention
 
 cdef int read_attention(rf_attention_params *p, cnp.ndarray query, cnp.ndarray k, cnp.ndarray v,
-                        object k_scale, object v_scale, bint nhd) except -1:
+                        object k_scale, object v_scale, bint nhd, object kv_dtype) except -1:
     """Query and caches. Leaves `p.scale` 0 where it has no default: values are a part of keys."""
     if cnp.PyArray_NDIM(query) != 3:
         bad_shape(query, "query", "[num_tokens, num_heads, head_dim]")
     p.dtype = wide_dtype(query, "query")
+    k, v = _typed(k, "k_cache", v, kv_dtype), _typed(v, "v_cache", k, kv_dtype)
     p.kv_dtype = _cache_dtypes(k, v, query, "query")
     _pools(k, v, nhd)
     p.num_tokens = cnp.PyArray_DIM(query, 0)
@@ -272,7 +296,7 @@ cdef int64_t read_mask(rf_attention_params *p, cnp.ndarray mask) except -2:
 
 cdef int read_write(rf_write_params *p, cnp.ndarray key, cnp.ndarray value, cnp.ndarray k,
                     cnp.ndarray v, cnp.ndarray slots, object k_scale, object v_scale,
-                    bint nhd) except -1:
+                    bint nhd, object kv_dtype) except -1:
     """All of a write; value and v are None for a latent cache."""
     if (value is None) != (v is None):
         one, other = ("value", "v_cache") if value is None else ("v_cache", "value")
@@ -284,6 +308,7 @@ cdef int read_write(rf_write_params *p, cnp.ndarray key, cnp.ndarray value, cnp.
     p.dtype = wide_dtype(key, "key")
     if value is not None:
         same_dtype(value, "value", key, "key")
+    k, v = _typed(k, "k_cache", v, kv_dtype), _typed(v, "v_cache", k, kv_dtype)
     p.kv_dtype = _cache_dtypes(k, v, key, "key")
     _pools(k, v, nhd)
     p.num_tokens = cnp.PyArray_DIM(key, 0)

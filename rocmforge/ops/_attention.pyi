@@ -18,6 +18,7 @@ def paged_attention(
     mask: Any = None,
     k_scale: Any = None,
     v_scale: Any = None,
+    kv_dtype: Any = None,
     max_seqlen_q: int | None = None,
     max_seq_len: int | None = None,
     num_splits: int | None = None,

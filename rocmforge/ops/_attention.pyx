@@ -35,9 +35,9 @@ cdef int _workspace(object workspace) except -1:
 
 def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q=None, *, rows=None,
                     scale=None, causal=True, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
-                    sinks=None, mask=None, k_scale=None, v_scale=None, max_seqlen_q=None,
-                    max_seq_len=None, num_splits=None, deterministic=True, layout="HND", out=None,
-                    return_lse=False, workspace=None, stream=None):
+                    sinks=None, mask=None, k_scale=None, v_scale=None, kv_dtype=None,
+                    max_seqlen_q=None, max_seq_len=None, num_splits=None, deterministic=True,
+                    layout="HND", out=None, return_lse=False, workspace=None, stream=None):
     """Attention of new tokens to the paged context of their sequences.
 
     Decode (one query token a sequence), verification (a few), prefill (many), and all of them in
@@ -88,6 +88,9 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     k_scale, v_scale : float, array float32 [num_kv_heads], or float32 pool, optional
         Factors of an 8-bit cache's elements, which it must have; a pool is
         ``[num_blocks, num_kv_heads, block_size]``. A latent cache's v_scale is its k_scale.
+    kv_dtype : str, type or numpy.dtype, optional
+        float8_e4m3fn or float8_e4m3fnuz: what caches hold that come as uint8, as from libraries
+        that cannot export float8. Where one of the two is float8, it decides for the other.
     max_seqlen_q, max_seq_len : int, optional
         Bounds of query tokens a sequence and of seq_lens, checked here; a GPU launch needs them.
     num_splits : int, optional
@@ -135,9 +138,10 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
         return hip.paged_attention(
             query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, rows=rows, scale=scale,
             causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
-            sinks=sinks, mask=mask, k_scale=k_scale, v_scale=v_scale, max_seqlen_q=max_seqlen_q,
-            max_seq_len=max_seq_len, num_splits=num_splits, deterministic=deterministic,
-            layout=layout, out=out, return_lse=return_lse, workspace=workspace, stream=stream)
+            sinks=sinks, mask=mask, k_scale=k_scale, v_scale=v_scale, kv_dtype=kv_dtype,
+            max_seqlen_q=max_seqlen_q, max_seq_len=max_seq_len, num_splits=num_splits,
+            deterministic=deterministic, layout=layout, out=out, return_lse=return_lse,
+            workspace=workspace, stream=stream)
     cdef rf_attention_params p
     cdef bint nhd = is_nhd(layout), with_lse
     cdef cnp.ndarray q = as_array(query, "query")
@@ -156,7 +160,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
 
     k_scale = as_scale(k_scale, "k_scale")
     v_scale = as_scale(v_scale, "v_scale")
-    read_attention(&p, q, k, v, k_scale, v_scale, nhd)
+    read_attention(&p, q, k, v, k_scale, v_scale, nhd, kv_dtype)
     read_batch(&p, table, lens, cu, row_array)
     read_logits(&p, scale, causal, window_size, softcap, slopes, sink_array)
     mask_width = read_mask(&p, mask_array)

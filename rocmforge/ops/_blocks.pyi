@@ -13,6 +13,7 @@ def write_kv(
     *,
     k_scale: Any = None,
     v_scale: Any = None,
+    kv_dtype: Any = None,
     layout: str = "HND",
     stream: Any = None,
 ) -> None: ...

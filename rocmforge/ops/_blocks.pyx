@@ -22,7 +22,7 @@ cnp.import_array()
 
 
 def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scale=None,
-             layout="HND", stream=None):
+             kv_dtype=None, layout="HND", stream=None):
     """Write the keys and values of new tokens into their slots of the paged cache.
 
     Synchronous on the CPU. A slot that is named twice gets one of its tokens, unspecified which.
@@ -48,6 +48,9 @@ def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scal
     k_scale, v_scale : float, array float32 [num_kv_heads], or float32 pool, optional
         Of an 8-bit cache, which must have them: given numbers (`calibrate` gives good ones), or a
         pool ``[num_blocks, num_kv_heads, block_size]`` that gets the scale of each token and head.
+    kv_dtype : str, type or numpy.dtype, optional
+        float8_e4m3fn or float8_e4m3fnuz: what caches hold that come as uint8. Where one of the two
+        is float8, it decides for the other.
     layout : {"HND", "NHD"}
         The order of the caches' two middle dimensions.
     stream : optional
@@ -63,7 +66,7 @@ def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scal
     hip = hip_operations(key)
     if hip is not None:
         return hip.write_kv(key, value, k_cache, v_cache, slot_mapping, k_scale=k_scale,
-                            v_scale=v_scale, layout=layout, stream=stream)
+                            v_scale=v_scale, kv_dtype=kv_dtype, layout=layout, stream=stream)
     cdef rf_write_params p
     cdef bint nhd = is_nhd(layout)
     cdef cnp.ndarray kk = as_array(key, "key"), vv = None
@@ -76,7 +79,7 @@ def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scal
     k_scale = as_scale(k_scale, "k_scale")
     v_scale = as_scale(v_scale, "v_scale")
     host_only(stream)
-    read_write(&p, kk, vv, k, v, slots, k_scale, v_scale, nhd)
+    read_write(&p, kk, vv, k, v, slots, k_scale, v_scale, nhd, kv_dtype)
     apart(k, "k_cache", kk, "key")
     apart(k, "k_cache", vv, "value")
     apart(k, "k_cache", slots, "slot_mapping")
@@ -281,8 +284,9 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     Returns
     -------
     array uint8 [n, bytes of a block in all caches]
-        ``out``, or a new array of the first cache's library, as by `paged_attention`: in each row the block of the first cache in the order of its
-        dimensions, whatever its strides, then that of the second.
+        ``out``, or a new array of the first cache's library, as by `paged_attention`: in each row
+        the block of the first cache in the order of its dimensions, whatever its strides, then
+        that of the second.
 
     Raises
     ------
