@@ -1,6 +1,7 @@
 """A vLLM server for tests and benchmarks: the demo's model, requests, and what came back.
 
-``python tests/vllm_server.py checkpoint FOLDER`` makes the checkpoint alone.
+``python tests/vllm_server.py checkpoint FOLDER`` makes the checkpoint alone, and
+``python tests/vllm_server.py divisible FOLDER`` a small random one.
 """
 
 import json
@@ -45,11 +46,34 @@ def checkpoint(folder):
     AutoTokenizer.from_pretrained(file.parent, **read).save_pretrained(folder)
 
 
-def made_checkpoint(folder):
+def divisible(folder):
+    """Make a small random model whose heads two ranks can divide, with the demo's tokens."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from rocmforge.cli.model_files import fetch
+
+    file = fetch()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        initializer_range=0.2,  # logits far enough apart
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+
+
+def made_checkpoint(folder, kind="checkpoint"):
     """Give the checkpoint in `folder`, which is made when it is not there."""
     folder = Path(folder)
     if not (folder / "model.safetensors").is_file():
-        subprocess.run([sys.executable, __file__, "checkpoint", folder], check=True)
+        subprocess.run([sys.executable, __file__, kind, folder], check=True)
     return folder
 
 
@@ -88,11 +112,18 @@ class Server:
             env["VLLM_COUNTS"] = str(self.work / "counts")
             self._counts = np.memmap(env["VLLM_COUNTS"], np.int64, "w+", shape=(3,))
         command = [sys.executable, "-c", "from vllm.entrypoints.cli.main import main; main()"]
-        command += ["serve", str(model), "--served-model-name", "smollm2", "--host", "127.0.0.1"]
+        command += [
+            "serve",
+            str(Path(model).resolve()),
+            "--served-model-name",
+            "smollm2",
+            "--host",
+            "127.0.0.1",
+        ]
         command += ["--port", str(self.port), "--disable-uvicorn-access-log", *map(str, arguments)]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=env, start_new_session=True
+                command, cwd=self.work, stdout=log, stderr=log, env=env, start_new_session=True
             )
         try:
             self._wait(timeout)
@@ -207,4 +238,4 @@ def differences(ours, theirs, again):
 
 
 if __name__ == "__main__":
-    checkpoint(sys.argv[2])
+    {"checkpoint": checkpoint, "divisible": divisible}[sys.argv[1]](sys.argv[2])

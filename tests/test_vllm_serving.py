@@ -70,3 +70,28 @@ def test_same_tokens_as_vllm(model, stock, tmp_path, block_size):
     assert tokens == LAYERS * computed
     assert steps >= computed / 256 > max(map(len, prompts)) / 256  # prompts came in chunks
     assert hits > 1000  # and found what others began with
+
+
+def test_two_ranks(tmp_path):
+    """Tensor parallel: each rank has half of the heads, and its own calls."""
+    model = made_checkpoint(Path(FOLDER) / "divisible", "divisible")
+    arguments = [*ARGUMENTS, "--block-size", 32, "--tensor-parallel-size", 2]
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    answers = []
+    for ours in (False, True):
+        work = tmp_path / str(ours)
+        with Server(
+            model, work, *arguments, ours=ours, counted=ours, environment=environment
+        ) as server:
+            prompts = prompts_of(server)[::5]
+            for _ in range(1 if ours else 2):
+                answers.append(server.complete_all(prompts, NEW_TOKENS, margins=True))
+            if ours:
+                writes, attentions, _ = server.counts
+    found = differences(answers[2], *answers[:2])
+    print(
+        f"two ranks: {len(prompts)} requests: {len(found)} differ {found}; "
+        f"{attentions} attentions of both"
+    )
+    assert all(accepted for *_, accepted in found), found
+    assert writes == attentions > 2 * 4 * NEW_TOKENS
