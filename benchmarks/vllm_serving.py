@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from _bench import machine, print_table
@@ -25,10 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from vllm_server import Completion, Server, made_checkpoint, prose
 
-#: What one server's run takes place in: on a machine that is shared, a lock.
+#: What the runs of a load take place in: on a machine that is shared, a lock.
 turn = contextlib.nullcontext
 
-LOADS = {"short": (245, 16), "long": (1800, 4)}  # prompt tokens, requests at once
+LOADS = {"short": (245, 16), "long": (1800, 3)}  # prompt tokens, requests at once
 NEW_TOKENS = 32
 
 
@@ -42,11 +43,27 @@ def server(model: Path, work: Path, dtype: str, ours: bool, block: int, bind: st
 
 def tokens_per_second(one: Server, prompts: list[list[int]]) -> tuple[float, list[Completion]]:
     """Answer all prompts at once."""
-    with turn():
-        begin = time.perf_counter()
-        answers = one.complete_all(prompts, NEW_TOKENS)
-        seconds = time.perf_counter() - begin
+    begin = time.perf_counter()
+    answers = one.complete_all(prompts, NEW_TOKENS)
+    seconds = time.perf_counter() - begin
     return sum(len(prompt) + NEW_TOKENS for prompt in prompts) / seconds, answers
+
+
+def alternate(pair: Sequence[Server], prompts: list[list[int]], runs: int) -> list[str]:
+    """Cells of the table: vLLM's and ours in turn, each first as often as it can be."""
+    for one in pair:  # memory is touched, caches and clocks are warm
+        tokens_per_second(one, prompts[: len(prompts) // 4 + 1])
+    figures: tuple[list[float], list[float]] = ([], [])
+    same = 0
+    for i in range(runs):
+        answers = {}
+        for j in (0, 1) if i % 2 == 0 else (1, 0):
+            speed, answers[j] = tokens_per_second(pair[j], prompts)
+            figures[j].append(speed)
+        same = sum(a == b for a, b in zip(answers[0], answers[1], strict=True))
+    stock, ours = map(statistics.median, figures)
+    cells = [f"{statistics.median(f):.0f} ({min(f):.0f} - {max(f):.0f})" for f in figures]
+    return [*cells, f"{ours / stock:.3f}", f"{same} of {len(prompts)}"]
 
 
 def compare(args: argparse.Namespace, model: Path, dtype: str) -> list[list[str]]:
@@ -63,23 +80,10 @@ def compare(args: argparse.Namespace, model: Path, dtype: str) -> list[list[str]
         for load in args.loads:
             length, requests = LOADS[load]
             prompts = [text[17 * i : 17 * i + length] for i in range(requests)]
-            for one in pair:  # memory is touched, caches and clocks are warm
-                tokens_per_second(one, prompts[: max(1, requests // 4)])
-            figures: tuple[list[float], list[float]] = ([], [])
-            same = 0
-            for i in range(args.runs):
-                answers = {}
-                for j in (0, 1) if i % 2 == 0 else (1, 0):
-                    speed, answers[j] = tokens_per_second(pair[j], prompts)
-                    figures[j].append(speed)
-                same = sum(a == b for a, b in zip(answers[0], answers[1], strict=True))
-                print(f"{dtype} {load}: {figures[0][-1]:.1f} {figures[1][-1]:.1f}", flush=True)
-            stock, ours = map(statistics.median, figures)
-            rows.append(
-                [f"{dtype}, {requests} x {length}"]
-                + [f"{statistics.median(f):.0f} ({min(f):.0f} - {max(f):.0f})" for f in figures]
-                + [f"{ours / stock:.3f}", f"{same} of {requests}"]
-            )
+            with turn():
+                cells = alternate(pair, prompts, args.runs)
+            rows.append([f"{dtype}, {requests} x {length}", *cells])
+            print(*rows[-1], sep="  ", flush=True)
     return rows
 
 
