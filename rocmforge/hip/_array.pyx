@@ -282,4 +282,4 @@ cdef cnp.ndarray on_device(object x, str name, Device device, size_t stream):
         capsule = x.__dlpack__(max_version=(1, 0), stream=stream)
     except TypeError:  # a producer from before DLPack 1.0
         capsule = x.__dlpack__(stream=stream)
-    return dlpack_array(capsule, name)
+    return dlpack_array(capsule, x, name)

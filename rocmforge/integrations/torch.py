@@ -6,7 +6,7 @@ others (fake tensors) and for those that need a gradient it is an operator of ``
 instead, so that a graph stays whole. The operators can be called by name too; they take no floats
 as scales and no workspace, and work is enqueued on PyTorch's current stream.
 
-Results have no gradient.
+There are no gradients: going back through a result is an error.
 """
 
 from __future__ import annotations
@@ -414,3 +414,11 @@ _define(
     ops.scatter_blocks,
     _nothing,
 )
+
+
+def _no_gradient(*_: Any) -> None:
+    raise NotImplementedError("rocmforge computes no gradients: its operations are for inference")
+
+
+for _name in ("paged_attention", "merge_states", "gather_blocks"):
+    torch.library.register_autograd(f"rocmforge::{_name}", _no_gradient, lib=_library)

@@ -46,7 +46,7 @@ cdef enum:
 cdef const rf_dl_exchange *exchange_of(object x) except? NULL
 cdef object hip_operations(object x)
 cdef cnp.ndarray as_array(object x, str name)
-cdef cnp.ndarray dlpack_array(object capsule, str name)
+cdef cnp.ndarray dlpack_array(object capsule, object producer, str name)
 cdef cnp.ndarray tensor_array(const rf_dl_tensor *t, str name, int flags, object base)
 cdef int dlpack_type(cnp.dtype descr, rf_dl_tensor *t) except -1
 cdef cnp.ndarray array_at(void *data, object shape, cnp.dtype descr, object base)

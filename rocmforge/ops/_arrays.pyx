@@ -9,7 +9,7 @@ cimport numpy as cnp
 from cpython.bool cimport PyBool_Check
 from cpython.exc cimport PyErr_Clear
 from cpython.float cimport PyFloat_CheckExact
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memset, strncpy
@@ -118,10 +118,10 @@ cdef cnp.ndarray _import_dlpack(object x, str name):
         capsule = x.__dlpack__(max_version=(1, 0))
     except TypeError:  # a producer from before DLPack 1.0
         capsule = x.__dlpack__()
-    return dlpack_array(capsule, name)
+    return dlpack_array(capsule, x, name)
 
 
-cdef cnp.ndarray dlpack_array(object capsule, str name):
+cdef cnp.ndarray dlpack_array(object capsule, object producer, str name):
     """A NumPy array over the memory of a DLPack capsule, wherever that is."""
     cdef rf_dl_tensor *t
     cdef rf_dl_versioned *managed
@@ -133,6 +133,9 @@ cdef cnp.ndarray dlpack_array(object capsule, str name):
         t = &managed.tensor
     else:
         t = &(<rf_dl_managed *>PyCapsule_GetPointer(capsule, "dltensor")).tensor
+        # Such a capsule has no flags. Only JAX gives one of memory that must not be written to.
+        if type(producer).__module__.partition(".")[0] in ("jax", "jaxlib"):
+            flags = 0
     # the capsule's destructor gives the memory back to the producer
     return tensor_array(t, name, flags, capsule)
 
@@ -405,7 +408,9 @@ cdef int same_dtype(cnp.ndarray a, str name, cnp.ndarray like, str other) except
 
 cdef int writable(cnp.ndarray a, str name) except -1:
     if not cnp.PyArray_ISWRITEABLE(a):
-        raise ValueError(f"{name} must be writable, got a read-only array")
+        imported = PyCapsule_CheckExact((<object>a).base)
+        origin = " of another library (JAX's always are)" if imported else ""
+        raise ValueError(f"{name} must be writable, got a read-only array{origin}")
     return 0
 
 
