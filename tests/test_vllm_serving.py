@@ -91,7 +91,7 @@ def test_two_ranks(tmp_path):
     found = differences(answers[2], *answers[:2])
     print(
         f"two ranks: {len(prompts)} requests: {len(found)} differ {found}; "
-        f"{attentions} attentions of both"
+        f"{attentions} attentions of both ranks"
     )
     assert all(accepted for *_, accepted in found), found
     assert writes == attentions > 2 * 4 * NEW_TOKENS

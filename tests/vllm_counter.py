@@ -1,7 +1,7 @@
 """A plugin of vLLM's for tests: its own CPU attention raises, and calls of ours are counted.
 
-`vllm_server` puts it beside the server. The counts are int64 in the file that VLLM_COUNTS names:
-writes, attentions, and query tokens attended, of all layers.
+`vllm_server` puts it beside the server. Each process has a file of its own in the folder that
+VLLM_COUNTS names, with int64 counts: writes, attentions, and query tokens attended, of all layers.
 """
 
 import os
@@ -14,8 +14,8 @@ def refuse(*_, **__):
 
 
 def register():
-    path = os.environ.get("VLLM_COUNTS")
-    if not path:
+    folder = os.environ.get("VLLM_COUNTS")
+    if not folder:
         return
     from vllm import _custom_ops
 
@@ -26,7 +26,7 @@ def register():
 
     from rocmforge.integrations.vllm.backend import Implementation
 
-    counts = np.memmap(path, np.int64, "r+", shape=(3,))
+    counts = np.memmap(f"{folder}/{os.getpid()}", np.int64, "w+", shape=(3,))
     write, attend = Implementation.do_kv_cache_update, Implementation.forward
 
     def counted_write(self, *arguments):

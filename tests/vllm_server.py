@@ -107,10 +107,10 @@ class Server:
         env["PYTHONPATH"] = os.pathsep.join(
             [str(self._beside()), str(_HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
-        self._counts = None
+        self._counts = self.work / "counts"
         if counted:
-            env["VLLM_COUNTS"] = str(self.work / "counts")
-            self._counts = np.memmap(env["VLLM_COUNTS"], np.int64, "w+", shape=(3,))
+            self._counts.mkdir()
+            env["VLLM_COUNTS"] = str(self._counts)
         command = [sys.executable, "-c", "from vllm.entrypoints.cli.main import main; main()"]
         command += [
             "serve",
@@ -179,8 +179,9 @@ class Server:
 
     @property
     def counts(self):
-        """Writes, attentions, and query tokens attended, of all layers so far."""
-        return tuple(int(n) for n in self._counts)
+        """Writes, attentions, and query tokens attended: of all layers and ranks so far."""
+        each = [np.fromfile(file, np.int64) for file in self._counts.iterdir()]
+        return tuple(int(n) for n in sum(each))
 
     def _post(self, path, body):
         request = urllib.request.Request(
