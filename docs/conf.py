@@ -36,8 +36,13 @@ html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options = {
-    "light_css_variables": {"color-brand-primary": "#b3261e", "color-brand-content": "#9a2018"},
+    "light_css_variables": {
+        "color-brand-primary": "#b3261e",
+        "color-brand-content": "#9a2018",
+        "color-sidebar-link-text--top-level": "var(--color-foreground-primary)",
+    },
     "dark_css_variables": {"color-brand-primary": "#ff8a80", "color-brand-content": "#ff9d94"},
 }
 
