@@ -281,8 +281,9 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     Returns
     -------
     array uint8 [n, bytes of a block in all caches]
-        ``out``, or a new array of the first cache's library, as by `paged_attention`: in each row the block of the first cache in the order of its
-        dimensions, whatever its strides, then that of the second.
+        ``out``, or a new array of the first cache's library, as by `paged_attention`: in each row
+        the block of the first cache in the order of its dimensions, whatever its strides, then that
+        of the second.
 
     Raises
     ------
