@@ -94,11 +94,16 @@ cdef cnp.ndarray dlpack_array(object capsule, str name):
     cdef int flags = cnp.NPY_ARRAY_WRITEABLE
     if PyCapsule_IsValid(capsule, "dltensor_versioned"):
         managed = <rf_dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
+        if managed.major > 1:  # nothing but these two numbers is where we look for it
+            raise ValueError(f"{name} came by version {managed.major} of DLPack, 1 was asked for")
         if managed.flags & RF_DL_READ_ONLY:
             flags = 0
         t = &managed.tensor
-    else:
+    elif PyCapsule_IsValid(capsule, "dltensor"):
         t = &(<rf_dl_managed *>PyCapsule_GetPointer(capsule, "dltensor")).tensor
+    else:
+        raise TypeError(f"{name} must give a DLPack capsule that nobody has used, got "
+                        f"{type(capsule).__name__}")
     cdef cnp.dtype descr = _dlpack_dtype(t, name)
     if t.ndim > 8:
         raise ValueError(f"{name} must have at most 8 dimensions, got {t.ndim}")

@@ -193,20 +193,6 @@ def test_auto_takes_the_device_and_says_so(monkeypatch, tmp_path):
         KVCache(**SHAPE, device="hip:0")
 
 
-def test_what_is_not_built_says_so(device, tmp_path):
-    cache = KVCache(**SHAPE, device=str(device))
-    cache.add_sequence(1)
-    for call in (
-        lambda: cache.save(tmp_path / "x"),
-        lambda: cache.suspend(1),
-        lambda: cache.read_blocks([0]),
-        lambda: cache.insert_prefix([1, 2, 3, 4], b""),
-        lambda: KVCache.load(tmp_path / "x", device=str(device)),
-    ):
-        with pytest.raises(DeviceError, match=f"not built yet for a cache on {device}"):
-            call()
-
-
 def test_pools_that_do_not_fit(sim, device):
     gc.collect()
     live = sim.live()
