@@ -549,9 +549,7 @@ class KVCache(KVCacheManager):
             return self._attend_there(self._mirror, pools, query, batch, out, options)
         table = batch.groups[pools.group].block_table
         options |= {"rows": batch.rows, "out": out}
-        return self._attend(
-            batch, pools, query, table, batch.seq_lens, batch.cu_seqlens_q, options
-        )
+        return self._attend(batch, pools, query, table, batch.seq_lens, batch.cu_seqlens_q, options)
 
     def _attend(
         self,

@@ -23,7 +23,10 @@ from rocmforge.hip._driver import copy_async, get_device, synchronize
 cnp.import_array()
 
 cdef extern from "rf/dlpack.h" nogil:
+    enum: RF_DL_CPU
+    enum: RF_DL_CUDA_HOST
     enum: RF_DL_ROCM
+    enum: RF_DL_ROCM_HOST
     uint64_t RF_DL_READ_ONLY
 
 
@@ -60,8 +63,9 @@ cdef void _forget(object capsule) noexcept:
 cdef class DeviceArray:
     """A tensor in the memory of a HIP device.
 
-    Made by `empty`, `zeros`, `from_numpy` or `from_dlpack`; goes to other libraries by DLPack without a copy
-    (`torch.from_dlpack(array)`). Work on it is ordered by the streams that the caller uses.
+    Made by `empty`, `zeros`, `from_numpy` or `from_dlpack`; goes to other libraries by DLPack
+    without a copy (`torch.from_dlpack(array)`). Work on it is ordered by the streams that the
+    caller uses.
 
     Attributes
     ----------
@@ -299,6 +303,15 @@ cdef int device_of(object x) except -2:
     return int(index) if int(kind) == RF_DL_ROCM else -1
 
 
+cdef str _where(object x):
+    if isinstance(x, cnp.ndarray) or not hasattr(x, "__dlpack_device__"):
+        return "in host memory"
+    kind, index = x.__dlpack_device__()
+    if int(kind) in (RF_DL_CPU, RF_DL_CUDA_HOST, RF_DL_ROCM_HOST):
+        return "in host memory"
+    return f"on hip:{index}" if int(kind) == RF_DL_ROCM else f"on DLPack device type {int(kind)}"
+
+
 cdef cnp.ndarray on_device(object x, str name, Device device, size_t stream):
     """Any array on the device, described; work on `stream` comes after the array's."""
     if isinstance(x, DeviceArray) and (<DeviceArray>x).device is device:
@@ -308,9 +321,8 @@ cdef cnp.ndarray on_device(object x, str name, Device device, size_t stream):
                         f"{type(x).__name__}")
     cdef int index = device_of(x)
     if index != device.index:
-        where = "host memory" if index < 0 else f"hip:{index}"
         raise ValueError(f"{name} must be on {device}, as query or key is, got a "
-                         f"{type(x).__name__} in {where}")
+                         f"{type(x).__name__} {_where(x)}")
     try:
         capsule = x.__dlpack__(max_version=(1, 0), stream=stream)
     except TypeError:  # a producer from before DLPack 1.0

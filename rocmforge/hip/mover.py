@@ -121,7 +121,7 @@ class DeviceMover:
         self._give_back(buffers)
 
     def _in(self, pools: Sequence[DeviceArray], ids: Array) -> Iterator[tuple[slice, Array]]:
-        """Which of the ids, and memory for their rows, to be filled before the next is asked for."""
+        """Which of the ids, and memory to fill with their rows before the next is asked for."""
         entry, step = _chunks(pools)
         ids = np.ascontiguousarray(ids, np.int32)
         buffers = self._take(entry * step)

@@ -8,7 +8,7 @@ Nothing here reads an element: a NumPy array is a shape, strides, a type and an 
 cimport numpy as cnp
 from cpython.bool cimport PyBool_Check
 from cpython.float cimport PyFloat_CheckExact
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName
 from cpython.ref cimport Py_INCREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 
@@ -87,20 +87,36 @@ cdef cnp.ndarray _import_dlpack(object x, str name):
     return dlpack_array(capsule, name)
 
 
+cdef class _Taken:
+    """What a producer gave, which is its own again with the last array over it."""
+    cdef rf_dl_managed *plain
+    cdef rf_dl_versioned *versioned
+
+    def __dealloc__(self):
+        if self.plain != NULL and self.plain.deleter != NULL:
+            self.plain.deleter(self.plain)
+        if self.versioned != NULL and self.versioned.deleter != NULL:
+            self.versioned.deleter(self.versioned)
+
+
 cdef cnp.ndarray dlpack_array(object capsule, str name):
     """A NumPy array over the memory of a DLPack capsule, wherever that is."""
     cdef rf_dl_tensor *t
-    cdef rf_dl_versioned *managed
+    cdef _Taken taken = _Taken.__new__(_Taken)
     cdef int flags = cnp.NPY_ARRAY_WRITEABLE
     if PyCapsule_IsValid(capsule, "dltensor_versioned"):
-        managed = <rf_dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
-        if managed.major > 1:  # nothing but these two numbers is where we look for it
-            raise ValueError(f"{name} came by version {managed.major} of DLPack, 1 was asked for")
-        if managed.flags & RF_DL_READ_ONLY:
+        taken.versioned = <rf_dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
+        PyCapsule_SetName(capsule, "used_dltensor_versioned")
+        if taken.versioned.major > 1:  # only the version and the deleter are where we look
+            raise ValueError(f"{name} came by version {taken.versioned.major} of DLPack, 1 was "
+                             "asked for")
+        if taken.versioned.flags & RF_DL_READ_ONLY:
             flags = 0
-        t = &managed.tensor
+        t = &taken.versioned.tensor
     elif PyCapsule_IsValid(capsule, "dltensor"):
-        t = &(<rf_dl_managed *>PyCapsule_GetPointer(capsule, "dltensor")).tensor
+        taken.plain = <rf_dl_managed *>PyCapsule_GetPointer(capsule, "dltensor")
+        PyCapsule_SetName(capsule, "used_dltensor")
+        t = &taken.plain.tensor
     else:
         raise TypeError(f"{name} must give a DLPack capsule that nobody has used, got "
                         f"{type(capsule).__name__}")
@@ -118,7 +134,7 @@ cdef cnp.ndarray dlpack_array(object capsule, str name):
     Py_INCREF(descr)  # the constructor steals it
     a = PyArray_NewFromDescr(cnp.ndarray, descr, t.ndim, dims, strides,
                              <char *>t.data + t.byte_offset, flags, None)
-    cnp.set_array_base(a, capsule)  # its destructor gives the memory back to the producer
+    cnp.set_array_base(a, taken)
     return a
 
 

@@ -94,9 +94,7 @@ def test_snapshots_are_the_same_file_wherever_the_cache_is(device, kind, chunks,
         cache.free(1)
     same(caches, tmp_path)
     assert there.stats() == host.stats()
-    loaded = {
-        name: KVCache.load(tmp_path / "saved", device=name) for name in ("cpu", str(device))
-    }
+    loaded = {name: KVCache.load(tmp_path / "saved", device=name) for name in ("cpu", str(device))}
     for name, cache in loaded.items():
         assert cache.device == name
         cache.check_integrity()
@@ -174,9 +172,10 @@ def test_calibrating_refuses_what_it_must(device, rng):
         ops.calibrate(key, there, "int8")
     with pytest.raises(ValueError, match="stream must be None"):
         ops.calibrate(key, key, "int8", stream=0)
+    key[0, 1, 0] = np.nan
+    damaged = hip.from_numpy(key.astype(ml_dtypes.bfloat16), device)
     with pytest.raises(ValueError, match="key must be finite, head 1"):
-        key[0, 1, 0] = np.nan
-        ops.calibrate(hip.from_numpy(key.astype(ml_dtypes.bfloat16), device), None, "int8")
+        ops.calibrate(damaged, None, "int8")
 
 
 # ---- other tiers ----
@@ -223,7 +222,7 @@ def test_suspended_sequences_move_between_devices(device, kind, chunks, tmp_path
     same(caches, tmp_path)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_random_traffic(device, seed, tmp_path):
     """Random calls on both caches, sequences suspended and resumed, then the same file."""
     traffics = [
