@@ -9,15 +9,15 @@ from rocmforge._core cimport (
     RF_BLOCK_CACHED, RF_BLOCK_KEPT, RF_NO_BLOCK, RF_NO_NODE, RF_OK, rf_block,
     rf_prefix_index_node, rf_prefix_index_validate)
 from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup
-from rocmforge.kv_cache_manager cimport KVCacheManager, Sequence
 from rocmforge.page_table cimport BlockList
+from rocmforge.shared_sequences cimport Sequence, SharedSequences
 
 import numpy as np
 
 cnp.import_array()
 
 
-def check_manager(KVCacheManager manager not None):
+def check_manager(SharedSequences manager not None):
     """Raise AssertionError with a sentence where two parts of a manager disagree."""
     cdef int32_t g
     uses = {}  # of the prefix index's nodes
@@ -30,7 +30,7 @@ def check_manager(KVCacheManager manager not None):
         check_index(manager, uses)
 
 
-cdef check_group(KVCacheManager manager, int32_t g, list expected, dict uses):
+cdef check_group(SharedSequences manager, int32_t g, list expected, dict uses):
     """Blocks, page table and block table of one group."""
     cdef CacheGroup group = manager.groups[g]
     cdef const int32_t *table = <const int32_t *> cnp.PyArray_DATA(group.table)
@@ -75,7 +75,7 @@ cdef check_group(KVCacheManager manager, int32_t g, list expected, dict uses):
             raise AssertionError(f"block {block} is kept for nothing")
 
 
-cdef check_sequence(KVCacheManager manager, object sequence_id, int32_t row, dict uses):
+cdef check_sequence(SharedSequences manager, object sequence_id, int32_t row, dict uses):
     """Counts of tokens of one sequence."""
     cdef Sequence *sequence = &manager.sequences[row]
     if not 0 <= sequence.committed <= sequence.length:
@@ -89,7 +89,7 @@ cdef check_sequence(KVCacheManager manager, object sequence_id, int32_t row, dic
         uses[sequence.chain] = uses.get(sequence.chain, 0) + 1
 
 
-cdef check_index(KVCacheManager manager, dict uses):
+cdef check_index(SharedSequences manager, dict uses):
     """The prefix index, and that each node is used by those counted, and by its children."""
     cdef int32_t[MAX_GROUPS] sizes
     cdef int32_t g, node, parent

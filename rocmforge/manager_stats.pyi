@@ -1,4 +1,4 @@
-from rocmforge.kv_cache_manager import KVCacheManager
+from rocmforge.shared_sequences import SharedSequences
 from rocmforge.stats import CacheStats
 
-def collect(manager: KVCacheManager) -> CacheStats: ...
+def collect(manager: SharedSequences) -> CacheStats: ...

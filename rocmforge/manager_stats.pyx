@@ -7,7 +7,7 @@ from libc.stdint cimport int32_t, int64_t
 
 from rocmforge._core cimport RF_BLOCK_KEPT, rf_block_pool, rf_block_pool_num_available
 from rocmforge.cache_group cimport CacheGroup
-from rocmforge.kv_cache_manager cimport KVCacheManager
+from rocmforge.shared_sequences cimport SharedSequences
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from rocmforge.stats import CacheStats, Distribution
 cnp.import_array()
 
 
-cdef int64_t num_kept(KVCacheManager manager) noexcept:
+cdef int64_t num_kept(SharedSequences manager) noexcept:
     cdef int64_t total = 0
     cdef CacheGroup group
     for group in manager.groups:
@@ -24,7 +24,7 @@ cdef int64_t num_kept(KVCacheManager manager) noexcept:
     return total
 
 
-def collect(KVCacheManager manager not None):
+def collect(SharedSequences manager not None):
     """The `CacheStats` of a manager; O(num_blocks)."""
     cdef int32_t row, block
     cdef int64_t total = 0, used = 0, cached = -1, pinned = 0, shared = 0, references = 0

@@ -14,9 +14,9 @@ from rocmforge._core cimport (
     RF_NO_BLOCK, RF_NO_NODE, RF_NO_ROW, RF_NUM_PRIORITIES, RF_OK, as_int, as_sequence_id, as_tokens,
     rf_alloc, rf_block_pool_hold, rf_block_pool_num_available, rf_id_map_find, rf_prefix_index_use)
 from rocmforge.cache_group cimport CacheGroup
-from rocmforge.kv_cache_manager cimport KVCacheManager, Sequence
 from rocmforge.page_table cimport BlockList
 from rocmforge.prefix_cache cimport salt_key
+from rocmforge.shared_sequences cimport Sequence, SharedSequences
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from rocmforge.errors import OutOfBlocksError
 cnp.import_array()
 
 
-def describe(KVCacheManager manager not None, sequence_id):
+def describe(SharedSequences manager not None, sequence_id):
     """All that `place` needs to know of a sequence, and its blocks in each group."""
     cdef int32_t row = manager.require(sequence_id)
     cdef Sequence *sequence = &manager.sequences[row]
@@ -46,7 +46,7 @@ def describe(KVCacheManager manager not None, sequence_id):
     return found
 
 
-def place(KVCacheManager manager not None, sequence_id, token_ids, salt, priority, length,
+def place(SharedSequences manager not None, sequence_id, token_ids, salt, priority, length,
           committed, list firsts, bint shares, bint started):
     """Add a sequence with blocks for `length` tokens, sharing those of its prefix that are cached.
 
@@ -166,18 +166,18 @@ def place(KVCacheManager manager not None, sequence_id, token_ids, salt, priorit
     return found, lists, sequence.version
 
 
-def num_resets(KVCacheManager manager not None):
+def num_resets(SharedSequences manager not None):
     """How often the prefix cache was reset."""
     return manager.prefixes.resets
 
 
-def is_placed(KVCacheManager manager not None, sequence_id, version):
+def is_placed(SharedSequences manager not None, sequence_id, version):
     """Whether the sequence is there and its blocks are those that `place` gave."""
     cdef int32_t row = rf_id_map_find(&manager.first.page_table.map, as_sequence_id(sequence_id))
     return row != RF_NO_ROW and manager.sequences[row].version == <uint64_t> version
 
 
-def publish(KVCacheManager manager not None, sequence_id, version):
+def publish(SharedSequences manager not None, sequence_id, version):
     """Say that the blocks of a placed sequence are filled: others find them from now on.
 
     Raises

@@ -5,14 +5,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rocmforge.block_allocator import BlockAllocator
-from rocmforge.kv_cache_manager import KVCacheManager
 from rocmforge.page_table import PageTable
+from rocmforge.shared_sequences import SharedSequences
 
 def dump(
-    manager: KVCacheManager,
+    manager: SharedSequences,
 ) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]: ...
 def restore(
-    manager: KVCacheManager, numbers: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]
+    manager: SharedSequences, numbers: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]
 ) -> None: ...
 def dump_allocator(allocator: BlockAllocator) -> tuple[int, int, int, dict[str, Any]]: ...
 def load_allocator(

@@ -17,8 +17,8 @@ from rocmforge._core cimport (
     rf_saved_pool, rf_saved_pool_fill, rf_saved_pool_measure, rf_saved_pool_restore)
 from rocmforge.block_allocator cimport BlockAllocator
 from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup
-from rocmforge.kv_cache_manager cimport ROOT_UNSET, KVCacheManager, Sequence
 from rocmforge.page_table cimport BlockList, PageTable
+from rocmforge.shared_sequences cimport ROOT_UNSET, Sequence, SharedSequences
 
 import numpy as np
 
@@ -193,7 +193,7 @@ def load_page_table(block_size, ids, counts, blocks):
 
 # ---- a manager ----
 
-def dump(KVCacheManager manager not None):
+def dump(SharedSequences manager not None):
     """The state at one moment, as numbers that JSON can hold, and arrays by name."""
     cdef uint64_t changes
     while True:
@@ -214,7 +214,7 @@ def dump(KVCacheManager manager not None):
     return numbers, arrays
 
 
-cdef dict make_numbers(KVCacheManager manager, list salts):
+cdef dict make_numbers(SharedSequences manager, list salts):
     return {
         "block_size": manager.block_size,
         "kernel_block_size": manager.kernel_block_size,
@@ -236,7 +236,7 @@ cdef dict make_numbers(KVCacheManager manager, list salts):
     }
 
 
-cdef int make_arrays(KVCacheManager manager, dict arrays, Py_ssize_t num_salts) except -1:
+cdef int make_arrays(SharedSequences manager, dict arrays, Py_ssize_t num_salts) except -1:
     cdef CacheGroup group
     cdef int64_t listed, known = 0, num_nodes = 0, num_fresh = 0
     cdef int32_t row, num_rows = manager.first.page_table.map.num_rows
@@ -264,7 +264,7 @@ cdef int make_arrays(KVCacheManager manager, dict arrays, Py_ssize_t num_salts) 
     return 0
 
 
-cdef int fill_group(KVCacheManager manager, Py_ssize_t g, dict arrays, str prefix) except -1:
+cdef int fill_group(SharedSequences manager, Py_ssize_t g, dict arrays, str prefix) except -1:
     cdef CacheGroup group = manager.groups[g]
     cdef rf_saved_pool saved
     cdef int32_t *lists = <int32_t *> data(arrays, prefix + "lists")
@@ -281,7 +281,7 @@ cdef int fill_group(KVCacheManager manager, Py_ssize_t g, dict arrays, str prefi
     return 0
 
 
-cdef int fill_nodes(KVCacheManager manager, dict arrays, list salts) except -1:
+cdef int fill_nodes(SharedSequences manager, dict arrays, list salts) except -1:
     """The index's nodes, the salts' roots first; `place` tells afterwards where a node is."""
     cdef int32_t *order = <int32_t *> data(arrays, "order")
     cdef int32_t *place = <int32_t *> data(arrays, "place")
@@ -309,7 +309,7 @@ cdef int fill_nodes(KVCacheManager manager, dict arrays, list salts) except -1:
     return 0
 
 
-cdef int fill_sequences(KVCacheManager manager, dict arrays) except -1:
+cdef int fill_sequences(SharedSequences manager, dict arrays) except -1:
     cdef int32_t *place = <int32_t *> data(arrays, "place")
     cdef uint64_t *ids = <uint64_t *> data(arrays, "sequences.ids")
     cdef int32_t *rows = <int32_t *> data(arrays, "sequences.rows")
@@ -350,7 +350,7 @@ cdef int fill_sequences(KVCacheManager manager, dict arrays) except -1:
     return 0
 
 
-def restore(KVCacheManager manager not None, numbers, arrays):
+def restore(SharedSequences manager not None, numbers, arrays):
     """Bring a new manager to a state that was dumped.
 
     Its pools may be larger than they were. After an error the manager must be thrown away.
@@ -378,7 +378,7 @@ def restore(KVCacheManager manager not None, numbers, arrays):
     restore_sequences(manager, arrays, depths)
 
 
-cdef cnp.ndarray restore_nodes(KVCacheManager manager, object numbers, object arrays):
+cdef cnp.ndarray restore_nodes(SharedSequences manager, object numbers, object arrays):
     """The prefix index; returns the depth of each node, int32 ``[num_nodes]``."""
     cdef rf_saved_nodes saved
     cdef const char *reason
@@ -451,7 +451,7 @@ cdef list read_salts(object numbers):
     return [None, *salts] if texts else []
 
 
-cdef int restore_rows(KVCacheManager manager, object arrays) except -1:
+cdef int restore_rows(SharedSequences manager, object arrays) except -1:
     """Give each sequence the row that it had, and leave the rows between free in the same order."""
     cdef cnp.ndarray ids = checked(arrays, "sequences.ids", np.uint64, (None,))
     cdef cnp.ndarray rows = checked(arrays, "sequences.rows", np.int32, (len(ids),))
@@ -476,7 +476,7 @@ cdef int restore_rows(KVCacheManager manager, object arrays) except -1:
     return 0
 
 
-cdef int restore_sequences(KVCacheManager manager, object arrays, cnp.ndarray depths) except -1:
+cdef int restore_sequences(SharedSequences manager, object arrays, cnp.ndarray depths) except -1:
     cdef CacheGroup group
     found = {name: checked(arrays, "sequences." + name, dtype,
                            arrays["sequences.ids"].shape)
@@ -531,7 +531,7 @@ cdef int restore_sequences(KVCacheManager manager, object arrays, cnp.ndarray de
     return 0
 
 
-cdef int check_chain(KVCacheManager manager, Sequence *sequence) except -1:
+cdef int check_chain(SharedSequences manager, Sequence *sequence) except -1:
     """A sequence's node must stand for just the tokens that it knows."""
     cdef int32_t node = sequence.chain
     cdef int64_t i = sequence.chained, size = manager.block_size, k
@@ -550,7 +550,7 @@ cdef int check_chain(KVCacheManager manager, Sequence *sequence) except -1:
     return 0
 
 
-cdef int restore_lists(KVCacheManager manager, int32_t g, cnp.ndarray rows, object arrays,
+cdef int restore_lists(SharedSequences manager, int32_t g, cnp.ndarray rows, object arrays,
                        cnp.ndarray depths) except -1:
     """The page table of one group, and that reference counts are the holders and pins."""
     cdef CacheGroup group = manager.groups[g]

@@ -30,11 +30,12 @@ import numpy.typing as npt
 
 from rocmforge.dtypes import resolve
 from rocmforge.errors import RocmForgeError, SnapshotError
-from rocmforge.kv_cache_manager import OPTIONS, KVCacheManager
+from rocmforge.kv_cache_manager import KVCacheManager
 from rocmforge.layer_group import LayerGroup
 from rocmforge.movement import HostMover, Mover, entry_nbytes
 from rocmforge.progress import Progress
 from rocmforge.saved_state import dump, restore
+from rocmforge.shared_sequences import OPTIONS
 
 if TYPE_CHECKING:
     from rocmforge.kv_cache import KVCache

@@ -209,7 +209,7 @@ cdef class DeviceArray:
         t.ndim = self.ndim
         t.byte_offset = 0
         try:
-            dlpack_type(self._array, t)
+            dlpack_type(self._array.descr, t)
         except ValueError as error:
             PyMem_Free(e)
             raise BufferError(str(error)) from None
@@ -327,4 +327,4 @@ cdef cnp.ndarray on_device(object x, str name, Device device, size_t stream):
         capsule = x.__dlpack__(max_version=(1, 0), stream=stream)
     except TypeError:  # a producer from before DLPack 1.0
         capsule = x.__dlpack__(stream=stream)
-    return dlpack_array(capsule, name)
+    return dlpack_array(capsule, x, name)

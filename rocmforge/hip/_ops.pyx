@@ -329,8 +329,6 @@ def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scal
     k_scale = _scale(k_scale, "k_scale", device, number)
     v_scale = _scale(v_scale, "v_scale", device, number)
     read_write(&a.p, kk, vv, k, v, slots, k_scale, v_scale, is_nhd(layout))
-    if v is not None and a.p.k_scale.per_token != a.p.v_scale.per_token:
-        raise ValueError("k_scale and v_scale must both be pools, or neither, on a HIP device")
     for cache, name in ((k, "k_cache"), (v, "v_cache")):
         for other, other_name in ((kk, "key"), (vv, "value"), (slots, "slot_mapping")):
             apart(cache, name, other, other_name)

@@ -7,6 +7,7 @@ Every argument and every index is checked before anything is written.
 from rocmforge.hip._ops import attention_workspace_size
 from rocmforge.ops._attention import merge_states, paged_attention
 from rocmforge.ops._blocks import (
+    block_table_from_csr,
     calibrate,
     copy_blocks,
     gather_blocks,
@@ -17,6 +18,7 @@ from rocmforge.ops._cpu import get_num_threads, set_num_threads
 
 __all__ = [
     "attention_workspace_size",
+    "block_table_from_csr",
     "calibrate",
     "copy_blocks",
     "gather_blocks",

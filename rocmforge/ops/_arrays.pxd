@@ -26,18 +26,36 @@ cdef extern from "rf/dlpack.h" nogil:
         void (*deleter)(rf_dl_versioned *) noexcept nogil
         uint64_t flags
         rf_dl_tensor tensor
+    ctypedef struct rf_dl_exchange:
+        uint32_t major
+        uint32_t minor
+        rf_dl_exchange *previous
+        int (*allocate)(rf_dl_tensor *like, rf_dl_versioned **out, void *context,
+                        void (*set_error)(void *context, const char *kind,
+                                          const char *message) noexcept) noexcept
+        int (*export_object)(void *object, rf_dl_versioned **out) except -1
+        int (*import_object)(rf_dl_versioned *tensor, void **out) except -1
+        int (*describe)(void *object, rf_dl_tensor *out) except -1
+        int (*current_stream)(int32_t device_type, int32_t device_id, void **out) except -1
 
 # The most blocks, heads or tokens that the kernels' 32-bit indices allow.
 cdef enum:
     MAX_COUNT = 2147483647
 
 # arrays in and out
+cdef const rf_dl_exchange *exchange_of(object x) except? NULL
 cdef object hip_operations(object x)
 cdef cnp.ndarray as_array(object x, str name)
-cdef cnp.ndarray dlpack_array(object capsule, str name)
-cdef int dlpack_type(cnp.ndarray a, rf_dl_tensor *t) except -1
+cdef cnp.ndarray dlpack_array(object capsule, object producer, str name)
+cdef cnp.ndarray tensor_array(const rf_dl_tensor *t, str name, int flags, object base)
+cdef int dlpack_type(cnp.dtype descr, rf_dl_tensor *t) except -1
 cdef cnp.ndarray array_at(void *data, object shape, cnp.dtype descr, object base)
-cdef cnp.ndarray new_array(int dtype, int ndim, const cnp.npy_intp *dims)
+cdef object new_result(object like, cnp.dtype descr, int ndim, const cnp.npy_intp *dims,
+                       int32_t device_type, int32_t device_id)
+cdef cnp.dtype dtype_named(int dtype)
+cdef tuple host_result(object like, cnp.dtype descr, int ndim, const cnp.npy_intp *dims)
+cdef object like_library(cnp.ndarray a, object like)
+cdef int device_kind(object x) except -2
 
 # scalars
 cdef bint as_flag(object x, str name) except -1

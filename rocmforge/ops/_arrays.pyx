@@ -7,10 +7,13 @@ Nothing here reads an element: a NumPy array is a shape, strides, a type and an 
 
 cimport numpy as cnp
 from cpython.bool cimport PyBool_Check
+from cpython.exc cimport PyErr_Clear
 from cpython.float cimport PyFloat_CheckExact
-from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName
-from cpython.ref cimport Py_INCREF
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
+from cpython.pycapsule cimport (
+    PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName)
+from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
+from libc.string cimport memset, strncpy
 
 from rocmforge.ops._params cimport (
     RF_BF16, RF_E4M3FN, RF_E4M3FNUZ, RF_F16, RF_F32, RF_I8, RF_NUM_WIDE_DTYPES, rf_paged, rf_rows)
@@ -73,18 +76,50 @@ cdef cnp.dtype _dlpack_dtype(const rf_dl_tensor *t, str name):
                      f"{t.bits} bits and {t.lanes} lanes")
 
 
-cdef cnp.ndarray _import_dlpack(object x, str name):
-    """An array of another library as a NumPy array over the same memory."""
-    device = x.__dlpack_device__()
-    cdef int kind = int(device[0])
+# The tables of functions of the types that have one, as addresses, by type. There are few such
+# types, and they live as long as their library.
+cdef dict _exchanges = {}
+
+
+cdef const rf_dl_exchange *exchange_of(object x) except? NULL:
+    """The functions of the library that x is of; NULL: it offers none that we know.
+
+    They take a tenth of a microsecond, `__dlpack__` and `__dlpack_device__`, which are Python in
+    PyTorch, seven. Only those of x's very type count: a subclass may have no memory of its own
+    (PyTorch's fake tensors), which `__dlpack__` would say and these functions do not.
+    """
+    cdef const rf_dl_exchange *api
+    kind = type(x)
+    cdef object known = _exchanges.get(kind)
+    if known is not None:
+        return <const rf_dl_exchange *><uintptr_t>known
+    capsule = kind.__dict__.get("__dlpack_c_exchange_api__")
+    if capsule is None or not PyCapsule_IsValid(capsule, "dlpack_exchange_api"):
+        return NULL
+    api = <const rf_dl_exchange *>PyCapsule_GetPointer(capsule, "dlpack_exchange_api")
+    while api != NULL and api.major > 1:
+        api = api.previous
+    if api == NULL or api.major != 1 or api.describe == NULL:
+        return NULL
+    _exchanges[kind] = <uintptr_t>api
+    return api
+
+
+cdef int _must_be_host(int kind, object x, str name) except -1:
     if kind not in (RF_DL_CPU, RF_DL_CUDA_HOST, RF_DL_ROCM_HOST):
         raise ValueError(f"{name} must be in host memory for the CPU operations, got a "
                          f"{type(x).__name__} on DLPack device type {kind}")
+    return 0
+
+
+cdef cnp.ndarray _import_dlpack(object x, str name):
+    """An array of another library as a NumPy array over the same memory."""
+    _must_be_host(int(x.__dlpack_device__()[0]), x, name)
     try:
         capsule = x.__dlpack__(max_version=(1, 0))
     except TypeError:  # a producer from before DLPack 1.0
         capsule = x.__dlpack__()
-    return dlpack_array(capsule, name)
+    return dlpack_array(capsule, x, name)
 
 
 cdef class _Taken:
@@ -99,7 +134,7 @@ cdef class _Taken:
             self.versioned.deleter(self.versioned)
 
 
-cdef cnp.ndarray dlpack_array(object capsule, str name):
+cdef cnp.ndarray dlpack_array(object capsule, object producer, str name):
     """A NumPy array over the memory of a DLPack capsule, wherever that is."""
     cdef rf_dl_tensor *t
     cdef _Taken taken = _Taken.__new__(_Taken)
@@ -117,9 +152,17 @@ cdef cnp.ndarray dlpack_array(object capsule, str name):
         taken.plain = <rf_dl_managed *>PyCapsule_GetPointer(capsule, "dltensor")
         PyCapsule_SetName(capsule, "used_dltensor")
         t = &taken.plain.tensor
+        # Such a capsule has no flags. Only JAX gives one of memory that must not be written to.
+        if type(producer).__module__.partition(".")[0] in ("jax", "jaxlib"):
+            flags = 0
     else:
         raise TypeError(f"{name} must give a DLPack capsule that nobody has used, got "
                         f"{type(capsule).__name__}")
+    return tensor_array(t, name, flags, taken)
+
+
+cdef cnp.ndarray tensor_array(const rf_dl_tensor *t, str name, int flags, object base):
+    """A NumPy array over a DLPack tensor, wherever that is; `base` keeps its memory alive."""
     cdef cnp.dtype descr = _dlpack_dtype(t, name)
     if t.ndim > 8:
         raise ValueError(f"{name} must have at most 8 dimensions, got {t.ndim}")
@@ -134,16 +177,16 @@ cdef cnp.ndarray dlpack_array(object capsule, str name):
     Py_INCREF(descr)  # the constructor steals it
     a = PyArray_NewFromDescr(cnp.ndarray, descr, t.ndim, dims, strides,
                              <char *>t.data + t.byte_offset, flags, None)
-    cnp.set_array_base(a, taken)
+    cnp.set_array_base(a, base)
     return a
 
 
-cdef int dlpack_type(cnp.ndarray a, rf_dl_tensor *t) except -1:
-    """Sets the type of a DLPack tensor to that of an array."""
-    cdef int dtype = dtype_of(a)
-    kind = a.dtype.kind
+cdef int dlpack_type(cnp.dtype descr, rf_dl_tensor *t) except -1:
+    """Sets the type of a DLPack tensor to one of NumPy's."""
+    cdef int dtype = _code_of(descr.num)
+    kind = (<object>descr).kind
     t.lanes = 1
-    t.bits = <uint8_t>(8 * cnp.PyArray_ITEMSIZE(a))
+    t.bits = <uint8_t>(8 * descr.itemsize)
     if dtype == RF_BF16:
         t.code = RF_DL_BFLOAT
     elif dtype == RF_E4M3FN:
@@ -153,7 +196,7 @@ cdef int dlpack_type(cnp.ndarray a, rf_dl_tensor *t) except -1:
     elif kind in "iufb":
         t.code = {"i": RF_DL_INT, "u": RF_DL_UINT, "f": RF_DL_FLOAT, "b": RF_DL_BOOL}[kind]
     else:
-        raise ValueError(f"DLPack has no type for {a.dtype}")
+        raise ValueError(f"DLPack has no type for {descr}")
     return 0
 
 
@@ -170,19 +213,90 @@ cdef cnp.ndarray array_at(void *data, object shape, cnp.dtype descr, object base
 
 
 cdef cnp.ndarray as_array(object x, str name):
+    cdef const rf_dl_exchange *api
+    cdef rf_dl_tensor t
     if isinstance(x, cnp.ndarray):
         return <cnp.ndarray>x
+    api = exchange_of(x)
+    if api != NULL:
+        api.describe(<void *>x, &t)
+        if t.device_type != RF_DL_CPU:
+            _must_be_host(t.device_type, x, name)
+        return tensor_array(&t, name, cnp.NPY_ARRAY_WRITEABLE, x)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):
         return _import_dlpack(x, name)
     raise TypeError(f"{name} must be a NumPy array or an object with __dlpack__, got "
                     f"{type(x).__name__}")
 
 
-cdef cnp.ndarray new_array(int dtype, int ndim, const cnp.npy_intp *dims):
-    """A C-contiguous array whose elements are not set; dtype is an enum rf_dtype."""
-    descr = _DTYPES[dtype]
+cdef struct _Refusal:
+    char text[200]
+
+
+cdef void _refuse(void *context, const char *kind, const char *message) noexcept with gil:
+    cdef _Refusal *refusal = <_Refusal *>context
+    strncpy(refusal.text, message, sizeof(refusal.text) - 1)
+
+
+cdef object new_result(object like, cnp.dtype descr, int ndim, const cnp.npy_intp *dims,
+                       int32_t device_type, int32_t device_id):
+    """A C-contiguous array of the library that `like` is of; None: it offers no way to make one.
+
+    Its memory is of the library's own allocator, on the given device; its elements are not set.
+    """
+    cdef const rf_dl_exchange *api = NULL
+    cdef rf_dl_tensor wanted
+    cdef rf_dl_versioned *made = NULL
+    cdef int64_t shape[8]
+    cdef PyObject *result = NULL
+    cdef _Refusal refusal
+    cdef int i
+    if not isinstance(like, cnp.ndarray):
+        api = exchange_of(like)
+    if api == NULL:
+        return None
+    for i in range(ndim):
+        shape[i] = dims[i]
+    wanted.data = NULL
+    wanted.device_type, wanted.device_id = device_type, device_id
+    wanted.ndim, wanted.shape, wanted.strides, wanted.byte_offset = ndim, shape, NULL, 0
+    dlpack_type(descr, &wanted)
+    memset(&refusal, 0, sizeof(refusal))
+    if api.allocate(&wanted, &made, &refusal, _refuse) != 0:
+        PyErr_Clear()
+        raise MemoryError(f"{type(like).__name__} of {descr} {[dims[i] for i in range(ndim)]}: "
+                          f"{(<bytes>refusal.text).decode('utf-8', 'replace')}")
+    api.import_object(made, <void **>&result)
+    owned = <object>result
+    Py_DECREF(owned)  # the reference that import_object gave
+    return owned
+
+
+cdef cnp.dtype dtype_named(int dtype):
+    """NumPy's dtype of an enum rf_dtype."""
+    return _DTYPES[dtype]
+
+
+cdef tuple host_result(object like, cnp.dtype descr, int ndim, const cnp.npy_intp *dims):
+    """A new array of the library that `like` is of, or else NumPy's; and the same as NumPy sees it.
+
+    C-contiguous; its elements are not set.
+    """
+    made = new_result(like, descr, ndim, dims, RF_DL_CPU, 0)
+    if made is not None:
+        return made, as_array(made, "result")
     Py_INCREF(descr)  # the constructor steals it
-    return PyArray_NewFromDescr(cnp.ndarray, descr, ndim, dims, NULL, NULL, 0, None)
+    made = PyArray_NewFromDescr(cnp.ndarray, descr, ndim, dims, NULL, NULL, 0, None)
+    return made, made
+
+
+cdef object like_library(cnp.ndarray a, object like):
+    """A copy of a NumPy array in host memory as an array of the library that `like` is of."""
+    made = new_result(like, a.dtype, cnp.PyArray_NDIM(a), cnp.PyArray_DIMS(a), RF_DL_CPU, 0)
+    if made is None:
+        return a
+    as_array(made, "result")[...] = a
+    return made
 
 
 # ---------------------------------------------------------------- scalars
@@ -223,11 +337,21 @@ cdef int64_t as_bound(object x, str name, int64_t low) except -2:
     return i
 
 
+cdef int device_kind(object x) except -2:
+    """DLPack's type of the device that an array is on; -1: it does not say."""
+    cdef const rf_dl_exchange *api = exchange_of(x)
+    cdef rf_dl_tensor t
+    if api != NULL:
+        api.describe(<void *>x, &t)
+        return t.device_type
+    if not hasattr(x, "__dlpack_device__"):
+        return -1
+    return int(x.__dlpack_device__()[0])
+
+
 cdef object hip_operations(object x):
     """The module that computes on arrays of HIP devices, if x is one; else None."""
-    if isinstance(x, cnp.ndarray) or not hasattr(x, "__dlpack_device__"):
-        return None
-    if int(x.__dlpack_device__()[0]) != RF_DL_ROCM:
+    if isinstance(x, cnp.ndarray) or device_kind(x) != RF_DL_ROCM:
         return None
     from rocmforge.hip import _ops
     return _ops
@@ -262,7 +386,10 @@ cdef int bad_shape(cnp.ndarray a, str name, str what) except -1:
 
 cdef int dtype_of(cnp.ndarray a) noexcept:
     """The enum rf_dtype of an array's elements, or -1."""
-    cdef int num = cnp.PyArray_TYPE(a)
+    return _code_of(cnp.PyArray_TYPE(a))
+
+
+cdef int _code_of(int num) noexcept:
     if num == cnp.NPY_FLOAT:
         return RF_F32
     if num == _F16_NUM:
@@ -302,7 +429,9 @@ cdef int same_dtype(cnp.ndarray a, str name, cnp.ndarray like, str other) except
 
 cdef int writable(cnp.ndarray a, str name) except -1:
     if not cnp.PyArray_ISWRITEABLE(a):
-        raise ValueError(f"{name} must be writable, got a read-only array")
+        imported = PyCapsule_CheckExact((<object>a).base)
+        origin = " of another library (JAX's always are)" if imported else ""
+        raise ValueError(f"{name} must be writable, got a read-only array{origin}")
     return 0
 
 

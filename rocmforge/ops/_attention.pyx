@@ -11,8 +11,8 @@ from rocmforge.ops._arguments cimport (
     as_scale, read_attention, read_batch, read_logits, read_mask, read_merge,
     read_merged)
 from rocmforge.ops._arrays cimport (
-    apart, as_array, as_bound, as_flag, as_vectors, hip_operations, host_only, is_nhd, new_array,
-    same_dtype, shape3, shape_text, writable)
+    apart, as_array, as_bound, as_flag, as_vectors, dtype_named, hip_operations, host_only,
+    host_result, is_nhd, same_dtype, shape3, shape_text, writable)
 from rocmforge.ops._params cimport RF_F32, rf_attention_params, rf_merge_params
 
 cnp.import_array()
@@ -108,7 +108,8 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     Returns
     -------
     out : array [num_tokens, num_heads, v_head_dim]
-        ``out``, or a new NumPy array of the query's dtype. Zeros where nothing is visible.
+        ``out``, or a new array of the query's dtype and library (NumPy's where the query's does not
+        offer DLPack's exchange API). Zeros where nothing is visible.
     lse : array float32 [num_tokens, num_heads]
         With ``return_lse``. -inf, or the sink, where nothing is visible.
 
@@ -169,7 +170,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
 
     dims[0], dims[1], dims[2] = p.num_tokens, p.num_heads, p.v_head_dim
     if out is None:
-        result = o = new_array(p.dtype, 3, dims)
+        result, o = host_result(query, dtype_named(p.dtype), 3, dims)
     else:
         result = out
         o = as_array(out, "out")
@@ -195,7 +196,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     as_vectors(o, "out", &p.out)
     p.lse = NULL
     if with_lse:
-        lse = new_array(RF_F32, 2, dims)
+        sums, lse = host_result(query, dtype_named(RF_F32), 2, dims)
         p.lse = <float *>cnp.PyArray_DATA(lse)
 
     work = _cpu.check_attention(&p, max_q, max_len, mask_width)
@@ -206,7 +207,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
         if with_lse:
             lse[owned:] = -INFINITY
     _cpu.attention(&p, work)
-    return (result, lse) if with_lse else result
+    return (result, sums) if with_lse else result
 
 
 def merge_states(out_a, lse_a, out_b, lse_b, *, out=None, lse=None, stream=None):
@@ -230,9 +231,10 @@ def merge_states(out_a, lse_a, out_b, lse_b, *, out=None, lse=None, stream=None)
     Returns
     -------
     out : array [num_tokens, num_heads, v_head_dim]
-        ``out``, or a new NumPy array. Zeros where neither part saw a key.
+        ``out``, or a new array, of out_a's library as by `paged_attention`. Zeros where neither
+        part saw a key.
     lse : array float32 [num_tokens, num_heads]
-        ``lse``, or a new NumPy array.
+        ``lse``, or a new array likewise.
 
     Raises
     ------
@@ -263,9 +265,9 @@ def merge_states(out_a, lse_a, out_b, lse_b, *, out=None, lse=None, stream=None)
     host_only(stream)
     read_merge(&p, a, la, b, lb)
     if o is None:
-        out = o = new_array(p.dtype, 3, cnp.PyArray_DIMS(a))
+        out, o = host_result(out_a, dtype_named(p.dtype), 3, cnp.PyArray_DIMS(a))
     if l is None:
-        lse = l = new_array(RF_F32, 2, cnp.PyArray_DIMS(a))
+        lse, l = host_result(out_a, dtype_named(RF_F32), 2, cnp.PyArray_DIMS(a))
     read_merged(&p, a, la, b, lb, o, l)
     _cpu.merge_states(&p)
     return out, lse

@@ -1,5 +1,5 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -26,3 +26,11 @@ def gather_blocks(
 def scatter_blocks(
     caches: Any | Sequence[Any], block_ids: Any, data: Any, *, stream: Any = None
 ) -> None: ...
+def block_table_from_csr(
+    kv_indptr: Any,
+    kv_indices: Any,
+    kv_last_page_len: Any,
+    block_size: SupportsIndex,
+    *,
+    out: Any = None,
+) -> tuple[Any, npt.NDArray[np.int32]]: ...

@@ -1,15 +1,16 @@
 # cython: auto_pickle=False, embedsignature=True, embedsignature.format=python
 # cython: boundscheck=False, wraparound=False, initializedcheck=False
-"""Writing new tokens into the cache, and moving whole blocks."""
+"""Writing new tokens into the cache, moving whole blocks, and block tables of compressed rows."""
 
 cimport numpy as cnp
-from libc.stdint cimport int32_t, int64_t
+from libc.stdint cimport INT32_MAX, int32_t, int64_t
+from libc.string cimport memcpy
 
 from rocmforge.ops cimport _cpu
 from rocmforge.ops._arguments cimport as_scale, read_blocks, read_write
 from rocmforge.ops._arrays cimport (
-    apart, as_array, as_int32s, bad_shape, hip_operations, host_only, is_nhd, shape_text,
-    wide_dtype, writable)
+    apart, as_array, as_bound, as_int32s, bad_shape, behaved, contiguous_rows, hip_operations,
+    host_only, host_result, is_nhd, like_library, shape_text, stride_of, wide_dtype, writable)
 from rocmforge.ops._params cimport rf_copy_params, rf_write_params
 
 import numpy as np
@@ -121,8 +122,9 @@ def calibrate(key, value, dtype, *, stream=None):
 
     Returns
     -------
-    k_scale, v_scale : numpy.ndarray float32 [num_kv_heads]
-        1 for a head of zeros. v_scale is None where value is.
+    k_scale, v_scale : array float32 [num_kv_heads]
+        Of key's library, as by `paged_attention`. 1 for a head of zeros. v_scale is None where
+        value is.
 
     Raises
     ------
@@ -149,9 +151,10 @@ def calibrate(key, value, dtype, *, stream=None):
     else:
         host_only(stream)
     k_scale = _head_scales(as_array(key, "key"), "key", kind)
+    k_scale = like_library(k_scale, key)
     if value is None:
         return k_scale, None
-    return k_scale, _head_scales(as_array(value, "value"), "value", kind)
+    return k_scale, like_library(_head_scales(as_array(value, "value"), "value", kind), key)
 
 
 cdef object _head_scales(cnp.ndarray a, str name, object kind):
@@ -287,7 +290,7 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     Returns
     -------
     array uint8 [n, bytes of a block in all caches]
-        ``out``, or a new NumPy array: in each row the block of the first cache in the order of its
+        ``out``, or a new array of the first cache's library, as by `paged_attention`: in each row the block of the first cache in the order of its
         dimensions, whatever its strides, then that of the second.
 
     Raises
@@ -309,9 +312,12 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     cdef int64_t n = cnp.PyArray_DIM(ids, 0)
     host_only(stream)
     cdef _Pools pools = _Pools(caches, False)
+    cdef cnp.npy_intp[2] dims
     if out is None:
-        out = np.empty((n, pools.block_bytes), np.uint8)
-    rows = as_array(out, "out")
+        dims[0], dims[1] = n, pools.block_bytes
+        out, rows = host_result(_first(caches), np.dtype(np.uint8), 2, dims)
+    else:
+        rows = as_array(out, "out")
     _rows(rows, "out", n, pools.block_bytes)
     writable(rows, "out")
     pools.keep_apart(rows, "out")
@@ -374,3 +380,103 @@ def scatter_blocks(caches, block_ids, data, *, stream=None):
     if n and pools.block_bytes:
         _cpu.scatter_blocks(pools.data, pools.num, indices, n, <char *>cnp.PyArray_DATA(rows),
                             cnp.PyArray_STRIDE(rows, 0))
+
+
+def block_table_from_csr(kv_indptr, kv_indices, kv_last_page_len, block_size, *, out=None):
+    """The block table and lengths of sequences whose blocks come as compressed rows.
+
+    So FlashInfer and AITER describe a batch; `Batch.kv_indptr` and its fellows are the other
+    direction. In host memory.
+
+    Parameters
+    ----------
+    kv_indptr : array int32 [num_seqs + 1]
+        Sequence i has the blocks ``kv_indices[kv_indptr[i]:kv_indptr[i + 1]]``; from 0 up.
+    kv_indices : array int32 [nnz]
+        Block ids; there may be more than ``kv_indptr[-1]``, which are not read.
+    kv_last_page_len : array int32 [num_seqs]
+        Tokens in the last block of each sequence, 1 .. `block_size`; not read where it has none.
+    block_size : int
+        Tokens a block.
+    out : array int32 [num_rows, max_blocks], optional
+        Where to write, of at least as many rows as sequences and as many columns as the longest
+        has blocks. What is behind a sequence's end is left as it is, as nobody reads it.
+
+    Returns
+    -------
+    block_table : array int32 [num_seqs, max_blocks]
+        ``out``, or a new NumPy array with -1 behind each sequence's end.
+    seq_lens : array int32 [num_seqs]
+        Tokens of each sequence.
+
+    Raises
+    ------
+    ValueError
+        A dtype, shape or entry that does not fit, with what was expected and what came.
+    TypeError
+        An argument of a wrong kind. After any error nothing was written.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> indptr, indices = np.array([0, 2, 3], np.int32), np.array([5, 1, 4], np.int32)
+    >>> block_table_from_csr(indptr, indices, np.array([3, 16], np.int32), 16)
+    (array([[ 5,  1],
+           [ 4, -1]], dtype=int32), array([19, 16], dtype=int32))
+    """
+    cdef cnp.ndarray starts = as_array(kv_indptr, "kv_indptr")
+    cdef cnp.ndarray ids = as_array(kv_indices, "kv_indices")
+    cdef cnp.ndarray last = as_array(kv_last_page_len, "kv_last_page_len"), table, lengths
+    cdef int64_t size, i, n, used, stride, longest = 0
+    cdef int32_t *row
+    if block_size is None:
+        raise TypeError("block_size must be an integer, got NoneType")
+    size = as_bound(block_size, "block_size", 1)
+    cdef const int32_t *indptr = as_int32s(starts, "kv_indptr", "[num_seqs + 1]", -1)
+    n = cnp.PyArray_DIM(starts, 0) - 1
+    if n < 0:
+        bad_shape(starts, "kv_indptr", "[num_seqs + 1]")
+    cdef const int32_t *indices = as_int32s(ids, "kv_indices", "[nnz]", -1)
+    cdef const int32_t *filled = as_int32s(last, "kv_last_page_len", "[num_seqs]", n)
+    if indptr[0] != 0:
+        raise ValueError(f"kv_indptr must begin with 0, got {indptr[0]}")
+    for i in range(n):
+        used = <int64_t>indptr[i + 1] - indptr[i]
+        if used < 0:
+            raise ValueError(f"kv_indptr must not decrease, got {indptr[i]} and then "
+                             f"{indptr[i + 1]} at entry {i + 1}")
+        if used and not 1 <= filled[i] <= size:
+            raise ValueError(f"kv_last_page_len must be 1 to block_size, {size}, got {filled[i]} "
+                             f"for sequence {i}")
+        if used and (used - 1) * <double>size + filled[i] > INT32_MAX:
+            raise ValueError(f"kv_indptr must give sequences of less than 2**31 tokens, got {used} "
+                             f"blocks of {size} for sequence {i}")
+        longest = max(longest, used)
+    if indptr[n] > cnp.PyArray_DIM(ids, 0):
+        raise ValueError(f"kv_indices must have the {indptr[n]} entries that kv_indptr ends with, "
+                         f"got {shape_text(ids)}")
+    lengths = np.zeros(n, np.int32)
+    if out is None:
+        out = table = np.full((n, longest), -1, np.int32)
+    else:
+        table = as_array(out, "out")
+        if (cnp.PyArray_NDIM(table) != 2 or cnp.PyArray_DIM(table, 0) < n
+                or cnp.PyArray_DIM(table, 1) < longest):
+            bad_shape(table, "out", f"[{n}, {longest}] or larger")
+        if cnp.PyArray_TYPE(table) != cnp.NPY_INT32:
+            raise ValueError(f"out must be int32, got {table.dtype}")
+        behaved(table, "out")
+        contiguous_rows(table, "out")
+        writable(table, "out")
+        apart(table, "out", starts, "kv_indptr")
+        apart(table, "out", ids, "kv_indices")
+        apart(table, "out", last, "kv_last_page_len")
+    stride = stride_of(table, 0)
+    row = <int32_t *>cnp.PyArray_DATA(table)
+    for i in range(n):
+        used = indptr[i + 1] - indptr[i]
+        if used:
+            memcpy(row, indices + indptr[i], used * sizeof(int32_t))
+            (<int32_t *>cnp.PyArray_DATA(lengths))[i] = <int32_t>((used - 1) * size + filled[i])
+        row += stride
+    return out, lengths

@@ -1,5 +1,5 @@
 /* The products of many rows on the tile registers of AMX, for a bfloat16 query over a bfloat16 or
- * 8-bit cache; everything else of the variant is AVX512-BF16's.
+ * 8-bit cache; everything else of the variant is AVX512-BF16's. Part of dot.c.
  *
  * TDPBF16PS adds A B to C, with A sixteen rows of 32 bfloat16, B sixteen pairs of rows of sixteen,
  * C sixteen rows of sixteen float32. The layouts of the vector kernels fit as they are. Scores: A
@@ -13,8 +13,6 @@
  * instructions emulated one by one (tests/c/amx_emulator.c). */
 #ifndef RF_CPU_AMX_H
 #define RF_CPU_AMX_H
-
-#include "float.h"
 
 /* ---- the instructions ----
  * Not the compilers' intrinsics: gcc 12's loads do not say that they read memory, and so pass the

@@ -7,96 +7,7 @@
 #ifndef RF_CPU_ATTEND_H
 #define RF_CPU_ATTEND_H
 
-#include "dot.h"
-
-/* The two products for a type of cache and query. Rows of queries are query_size bytes an element,
- * and a tile's scores have one of the two forms in softmax.h. */
-typedef struct rf_products {
-    int query_size;
-    int chunk; /* elements that a row of queries and of sums is padded to */
-    /* One query as a row, zero to the end of its last chunk. */
-    void (*query)(const void *query, int dim, void *row);
-    void (*scores_few)(const void *q, int64_t ldq, const rf_phase *x, int64_t rows, float factor,
-                       float *s);
-    void (*scores_many)(const void *q, int64_t ld, const rf_phase *x, float factor, float *s,
-                        void *work);
-    /* acc = acc * alpha + p v; alpha NULL: acc = p v. p is scratch afterwards. */
-    void (*values_few)(float *acc, int64_t lda, const float *alpha, float *p, const rf_phase *x,
-                       int64_t rows, void *work);
-    void (*values_many)(float *acc, int64_t lda, const float *alpha, float *p, int64_t ld,
-                        const rf_phase *x, int64_t rows, void *work);
-    int pairs; /* values_many reads probabilities as pairs of bfloat16 */
-    /* f times a row of sums, as the output's type. */
-    void (*finish)(const float *acc, int dim, float f, void *out);
-} rf_products;
-
-/* Rows of queries in float32, and rows of sums as outputs: for each type, whole pairs of vectors
- * and a part. */
-#define RF_QUERY(name, T)                                                                          \
-    static void query_##name(const void *query, int dim, void *row) {                              \
-        const T *q = query;                                                                        \
-        float *to = row;                                                                           \
-        for (int c = 0; c < dim; c += 2 * RF_W) {                                                  \
-            vf a, b;                                                                               \
-            if (dim - c >= 2 * RF_W) rf_ld2_##name(q + c, &a, &b);                                 \
-            else rf_ld2_part_##name(q + c, dim - c, &a, &b);                                       \
-            vf_store(to + c, a);                                                                   \
-            vf_store(to + c + RF_W, b);                                                            \
-        }                                                                                          \
-    }                                                                                              \
-    static void finish_##name(const float *acc, int dim, float f, void *out) {                     \
-        T *to = out;                                                                               \
-        for (int c = 0; c < dim; c += 2 * RF_W) {                                                  \
-            vf a = vf_mul(vf_load(acc + c), vf_set1(f));                                           \
-            vf b = vf_mul(vf_load(acc + c + RF_W), vf_set1(f));                                    \
-            if (dim - c >= 2 * RF_W) rf_st2_##name(to + c, a, b);                                  \
-            else rf_st2_part_##name(to + c, dim - c, a, b);                                        \
-        }                                                                                          \
-    }
-RF_QUERY(f32, float)
-RF_QUERY(f16, uint16_t)
-#if !RF_HAVE_DOT
-RF_QUERY(bf16, uint16_t)
-RF_QUERY(bf16n, uint16_t) /* over caches whose elements keep their order */
-#endif
-
-#define RF_FLOAT(q, kv)                                                                            \
-    {4, 2 * RF_W, query_##q, qk_few_##kv, qk_many_##kv, pv_few_##kv, pv_many_##kv, 0, finish_##q}
-#if RF_HAVE_DOT
-#define RF_DOT(kv)                                                                                 \
-    {2,                                                                                            \
-     64,                                                                                           \
-     query_dot_##kv,                                                                               \
-     qk_few_dot_##kv,                                                                              \
-     qk_many_dot_##kv,                                                                             \
-     pv_few_dot_##kv,                                                                              \
-     pv_many_dot_##kv,                                                                             \
-     1,                                                                                            \
-     finish_dot_##kv}
-#else
-#define RF_DOT(kv) RF_FLOAT(bf16n, kv)
-#endif
-
-static const rf_products rf_same_type[RF_NUM_WIDE_DTYPES] = {
-    [RF_F32] = RF_FLOAT(f32, f32),
-    [RF_F16] = RF_FLOAT(f16, f16),
-#if RF_HAVE_DOT
-    [RF_BF16] = RF_DOT(bf16),
-#else
-    [RF_BF16] = RF_FLOAT(bf16, bf16),
-#endif
-};
-/* Queries of each wide type over each 8-bit cache. */
-static const rf_products rf_8bit[RF_NUM_WIDE_DTYPES][RF_NUM_DTYPES - RF_NUM_WIDE_DTYPES] = {
-    [RF_F32] = {RF_FLOAT(f32, e4m3fn), RF_FLOAT(f32, e4m3fnuz), RF_FLOAT(f32, i8)},
-    [RF_F16] = {RF_FLOAT(f16, e4m3fn), RF_FLOAT(f16, e4m3fnuz), RF_FLOAT(f16, i8)},
-    [RF_BF16] = {RF_DOT(e4m3fn), RF_DOT(e4m3fnuz), RF_DOT(i8)},
-};
-
-RF_INLINE const rf_products *products_of(const rf_attention_params *p) {
-    if (p->kv_dtype < RF_NUM_WIDE_DTYPES) return &rf_same_type[p->kv_dtype];
-    return &rf_8bit[p->dtype][p->kv_dtype - RF_NUM_WIDE_DTYPES];
-}
+#include "softmax.h"
 
 /* Of what is fetched while scores are computed, one part in so many is left for the softmax. */
 #define RF_GAP 4
@@ -301,13 +212,7 @@ static void softmax_heads(rf_work *w, const rf_tile *t, rf_state st, int h, int 
     for (; h < end; h++) {
         const float *scale =
             token_scales(p, &p->v_scale, t->v_scale, t->n, w->task->head + h, w->v_scale);
-#if RF_HAVE_DOT
-        if (s->many && w->f->pairs)
-            softmax_many(x, s->head_rows, t->n, max, sum, alpha, scale, pack_pair);
-        else
-#endif
-            if (s->many)
-            softmax_many(x, s->head_rows, t->n, max, sum, alpha, scale, NULL);
+        if (s->many) w->f->softmax_many(x, s->head_rows, t->n, max, sum, alpha, scale);
         else if (scale) scale_few(scores_at(w, h), t->n, s->rows, scale);
     }
 }
@@ -342,10 +247,10 @@ static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state
     }
 }
 
-static void attend(const rf_attention_params *p, const rf_task *task, float *scratch, float *states,
-                   int32_t first_part) {
-    rf_work w = {.p = p, .f = products_of(p), .task = task, .seq = rf_seq_of(p, task->seq)};
-    w.shape = shape_of(p, w.f, task->num_q, task->num_heads);
+static void attend(const rf_attention_params *p, const rf_products *f, const rf_task *task,
+                   float *scratch, float *states, int32_t first_part) {
+    rf_work w = {.p = p, .f = f, .task = task, .seq = rf_seq_of(p, task->seq)};
+    w.shape = shape_of(p, f, task->num_q, task->num_heads);
     const rf_shape *s = &w.shape;
     const int size = rf_size[p->kv_dtype];
     const int64_t state = rf_state_floats(s->all, p->v_head_dim);
@@ -365,9 +270,9 @@ static void attend(const rf_attention_params *p, const rf_task *task, float *scr
 
     w.change = p->softcap != 0.0f || p->alibi_slopes || scales_by_token(p, &p->k_scale);
     const int64_t token = w.seq.q_start + task->q0;
+    if (s->many && f->begin) f->begin();
     for (int h = 0; h < s->heads; h++)
-        load_queries(p, w.f, s, token, task->head + h, w.q + h * s->head_rows * s->q_dim * 4,
-                     w.wide);
+        load_queries(p, f, s, token, task->head + h, w.q + h * s->head_rows * s->q_dim * 4, w.wide);
     if (p->alibi_slopes) {
         for (int64_t r = 0; r < rf_pad_rows(s->all); r++) w.slope[r] = w.position[r] = 0.0f;
         for (int h = 0; h < s->heads; h++)
@@ -419,11 +324,12 @@ static void attend(const rf_attention_params *p, const rf_task *task, float *scr
             fold_state(state_at(whole, s->all, s->v_dim), st, s->heads, s->head_rows, s->rows,
                        s->v_dim, s->used);
     }
-    if (!states) store_rows(p, w.f, s, token, task->head, state_at(whole, s->all, s->v_dim));
+    if (s->many && f->end) f->end();
+    if (!states) store_rows(p, f, s, token, task->head, state_at(whole, s->all, s->v_dim));
 }
 
-static void merge(const rf_attention_params *p, const rf_merge *m, float *states) {
-    const rf_products *f = products_of(p);
+static void merge(const rf_attention_params *p, const rf_products *f, const rf_merge *m,
+                  float *states) {
     const rf_seq seq = rf_seq_of(p, m->seq);
     const rf_shape s = shape_of(p, f, m->num_q, m->num_heads);
     const int64_t state = rf_state_floats(s.all, p->v_head_dim);

@@ -14,6 +14,7 @@
 typedef struct job {
     const rf_attention_params *p;
     const rf_kernels *kernels;
+    const rf_products *products;
     const rf_plan *plan;
     float *states, *scratch; /* scratch: plan->scratch_floats a thread */
 } job;
@@ -23,13 +24,13 @@ static void run_task(void *arg, int64_t i, int worker) {
     const rf_task *t = &j->plan->tasks[i];
     float *scratch = j->scratch + worker * j->plan->scratch_floats;
     if (t->merge < 0) {
-        j->kernels->attend(j->p, t, scratch, NULL, 0);
+        j->kernels->attend(j->p, j->products, t, scratch, NULL, 0);
         return;
     }
     rf_merge *m = &j->plan->merges[t->merge];
-    j->kernels->attend(j->p, t, scratch, j->states + m->states, m->first_part);
+    j->kernels->attend(j->p, j->products, t, scratch, j->states + m->states, m->first_part);
     if (__atomic_sub_fetch(&m->pending, 1, __ATOMIC_ACQ_REL) == 0)
-        j->kernels->merge(j->p, m, j->states + m->states);
+        j->kernels->merge(j->p, j->products, m, j->states + m->states);
 }
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -55,13 +56,18 @@ int rf_cpu_attention(rf_cpu *cpu, const rf_attention_params *p) {
         max_cost = cost / (threads * TASKS_PER_THREAD);
         if (max_cost < SERIAL_COST / 4) max_cost = smaller(SERIAL_COST / 4, cost / threads);
     }
-    status = rf_plan_make(plan, p, cpu->kernels, max_cost);
+    status = rf_plan_make(plan, p, cpu->variant->kernels, max_cost);
     if (status != RF_OK || plan->num_tasks == 0) goto out;
     const int64_t floats = plan->state_floats + threads * plan->scratch_floats;
     status = rf_buffer_reserve(b, (size_t)floats * sizeof(float));
     if (status != RF_OK) goto out;
     for (int64_t i = 0; i < plan->num_merges; i++) plan->merges[i].pending = plan->merges[i].pieces;
-    job j = {p, cpu->kernels, plan, b->data, (float *)b->data + plan->state_floats};
+    job j = {p,
+             cpu->variant->kernels,
+             rf_products_of(cpu->variant, p->dtype, p->kv_dtype),
+             plan,
+             b->data,
+             (float *)b->data + plan->state_floats};
     if (threads > 1) rf_pool_run(&cpu->pool, run_task, &j, plan->num_tasks);
     else
         for (int64_t i = 0; i < plan->num_tasks; i++) run_task(&j, i, 0);

@@ -17,8 +17,8 @@ int rf_cpu_online(void) {
 }
 
 int rf_cpu_create(const char *isa, int threads, rf_cpu **out) {
-    const rf_kernels *kernels = rf_find_kernels(isa);
-    if (!kernels || threads < 1) return RF_ERR_BAD_ARGUMENT;
+    const rf_variant *variant = rf_find_variant(isa);
+    if (!variant || threads < 1) return RF_ERR_BAD_ARGUMENT;
     rf_cpu *cpu = rf_calloc(1, sizeof *cpu);
     if (!cpu) return RF_ERR_NO_MEMORY;
     int status = rf_pool_init(&cpu->pool, threads);
@@ -26,7 +26,7 @@ int rf_cpu_create(const char *isa, int threads, rf_cpu **out) {
         rf_free(cpu);
         return status;
     }
-    cpu->kernels = kernels;
+    cpu->variant = variant;
     *out = cpu;
     return RF_OK;
 }
@@ -49,12 +49,12 @@ int64_t rf_cpu_busy_ns(const rf_cpu *cpu) { return rf_pool_busy_ns(&cpu->pool); 
 
 int rf_cpu_get_threads(const rf_cpu *cpu) { return rf_pool_threads(&cpu->pool); }
 
-const char *rf_cpu_isa(const rf_cpu *cpu) { return cpu->kernels->name; }
+const char *rf_cpu_isa(const rf_cpu *cpu) { return cpu->variant->name; }
 
 int rf_cpu_set_isa(rf_cpu *cpu, const char *isa) {
-    const rf_kernels *kernels = rf_find_kernels(isa);
-    if (!kernels) return RF_ERR_BAD_ARGUMENT;
-    cpu->kernels = kernels;
+    const rf_variant *variant = rf_find_variant(isa);
+    if (!variant) return RF_ERR_BAD_ARGUMENT;
+    cpu->variant = variant;
     return RF_OK;
 }
 

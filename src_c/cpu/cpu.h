@@ -33,7 +33,7 @@ typedef struct rf_plan {
 } rf_plan;
 
 struct rf_cpu {
-    const rf_kernels *kernels;
+    const rf_variant *variant;
     rf_pool pool;
     /* Kept from call to call for whoever holds the pool; others have their own. */
     rf_buffer scratch;
@@ -41,7 +41,7 @@ struct rf_cpu {
 };
 
 /* The variant of that name if the processor can run it; the best one for NULL. */
-const rf_kernels *rf_find_kernels(const char *isa);
+const rf_variant *rf_find_variant(const char *isa);
 
 /* At least size bytes in b->data, contents lost; RF_ERR_NO_MEMORY leaves b as it was. */
 int rf_buffer_reserve(rf_buffer *b, size_t size);

@@ -53,33 +53,36 @@ static int has_or_emulates_amx(void) {
 #endif
 #endif
 
+/* Those of the float types, and of bfloat16. */
+#define WITH_BF16(name, bf16)                                                                      \
+    {[RF_F32] = rf_products_##name[RF_F32], [RF_F16] = rf_products_##name[RF_F16], [RF_BF16] = bf16}
+#define PRODUCTS(name) WITH_BF16(name, rf_products_##name[RF_BF16])
+
 /* Best first. */
 static const rf_variant variants[] = {
 #if defined(__x86_64__)
 #if !defined(RF_EMULATE_AMX)
-    {&rf_kernels_amx, has_amx},
+    {"amx", &rf_kernels_avx512, WITH_BF16(avx512, rf_products_amx), has_amx},
 #endif
-    {&rf_kernels_avx512bf16, has_avx512bf16},
-    {&rf_kernels_avx512, has_avx512},
-    {&rf_kernels_avx2, has_avx2},
+    {"avx512bf16", &rf_kernels_avx512, WITH_BF16(avx512, rf_products_avx512bf16), has_avx512bf16},
+    {"avx512", &rf_kernels_avx512, PRODUCTS(avx512), has_avx512},
+    {"avx2", &rf_kernels_avx2, PRODUCTS(avx2), has_avx2},
 #endif
-    {&rf_kernels_portable, always},
-#if defined(RF_EMULATE_AMX)
-    {&rf_kernels_amx, has_or_emulates_amx}, /* not best: for who asks by name */
+    {"portable", &rf_kernels_portable, PRODUCTS(portable), always},
+#if defined(RF_EMULATE_AMX) /* not best: for who asks by name */
+    {"amx", &rf_kernels_avx512, WITH_BF16(avx512, rf_products_amx), has_or_emulates_amx},
 #endif
 };
 #define NUM_VARIANTS ((int)(sizeof variants / sizeof variants[0]))
 
-const char *rf_cpu_isa_name(int i) {
-    return i >= 0 && i < NUM_VARIANTS ? variants[i].kernels->name : NULL;
-}
+const char *rf_cpu_isa_name(int i) { return i >= 0 && i < NUM_VARIANTS ? variants[i].name : NULL; }
 
-int rf_cpu_isa_available(const char *isa) { return rf_find_kernels(isa) != NULL; }
+int rf_cpu_isa_available(const char *isa) { return rf_find_variant(isa) != NULL; }
 
-const rf_kernels *rf_find_kernels(const char *isa) {
+const rf_variant *rf_find_variant(const char *isa) {
     for (int i = 0; i < NUM_VARIANTS; i++) {
-        if (isa && strcmp(isa, variants[i].kernels->name) != 0) continue;
-        if (variants[i].available()) return variants[i].kernels;
+        if (isa && strcmp(isa, variants[i].name) != 0) continue;
+        if (variants[i].available()) return &variants[i];
         if (isa) return NULL;
     }
     return NULL;

@@ -1,4 +1,4 @@
-/* Dot products of bfloat16 pairs over one storage type T: included once for each by dot.h.
+/* Dot products of bfloat16 pairs over one storage type T: included once for each by dot.c.
  *
  * Storage is handled by 64 elements, which become two registers of bfloat16 in an order of their
  * own: words stay as they are, bytes split into the lower and the upper half of each 16. Queries
@@ -227,40 +227,45 @@ static void NAME(widen)(const rf_phase *x, uint16_t *out, int64_t ld) {
 }
 #endif
 
-static void NAME(qk_many)(const void *query, int64_t ld, const rf_phase *x, float factor, float *s,
-                          void *work) {
-#if !RF_WORDS
-    const int dim = (int)rf_pad_dim(x->dim); /* the order is that of whole 64 */
-    NAME(widen)(x, work, dim);
-#endif
-#if RF_HAVE_AMX
-    amx_tiles keys[AMX_KEYS];
+static void NAME(qk_many_dot)(const void *query, int64_t ld, const rf_phase *x, float factor,
+                              float *s, void *work) {
 #if RF_WORDS
-    amx_keys(x, work, keys);
-    amx_scores(query, ld, keys, x->n, x->dim, x->ahead.row ? &x->ahead : NULL, factor, s);
-#else
-    amx_rows(work, dim, keys);
-    amx_scores(query, ld, keys, x->n, dim, NULL, factor, s);
-#endif
-#elif RF_WORDS
     (void)work;
     dot_scores_many(query, ld, x, factor, s);
 #else
+    const int dim = (int)rf_pad_dim(x->dim); /* the order is that of whole 64 */
     rf_wide w;
+    NAME(widen)(x, work, dim);
     widened(&w, x, work, dim, dim);
     dot_scores_many(query, ld, &w.phase, factor, s);
 #endif
 }
 
-static void NAME(pv_many)(float *acc, int64_t lda, const float *alpha, float *p, int64_t ld,
-                          const rf_phase *x, int64_t rows, void *work) {
+static void NAME(pv_many_dot)(float *acc, int64_t lda, const float *alpha, float *p, int64_t ld,
+                              const rf_phase *x, int64_t rows, void *work) {
     NAME(pack_values)(x, work, lda);
-#if RF_HAVE_AMX
-    (void)rows; /* whole sixteens of them */
-    amx_values(acc, lda, alpha, (uint32_t *)(void *)p, ld, work, x->n, x->dim);
-#else
     dot_values_many(acc, lda, alpha, p, ld, work, x->n, x->dim, rows);
+}
+
+static void NAME(qk_many_amx)(const void *query, int64_t ld, const rf_phase *x, float factor,
+                              float *s, void *work) {
+    amx_tiles keys[AMX_KEYS];
+#if RF_WORDS
+    amx_keys(x, work, keys);
+    amx_scores(query, ld, keys, x->n, x->dim, x->ahead.row ? &x->ahead : NULL, factor, s);
+#else
+    const int dim = (int)rf_pad_dim(x->dim);
+    NAME(widen)(x, work, dim);
+    amx_rows(work, dim, keys);
+    amx_scores(query, ld, keys, x->n, dim, NULL, factor, s);
 #endif
+}
+
+static void NAME(pv_many_amx)(float *acc, int64_t lda, const float *alpha, float *p, int64_t ld,
+                              const rf_phase *x, int64_t rows, void *work) {
+    (void)rows; /* whole sixteens of them */
+    NAME(pack_values)(x, work, lda);
+    amx_values(acc, lda, alpha, (uint32_t *)(void *)p, ld, work, x->n, x->dim);
 }
 
 /* A row of sums, times f, as the output. */

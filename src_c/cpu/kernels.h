@@ -1,10 +1,11 @@
 /* The seam between what is the same on every processor (planning, threads) and what is compiled
- * once for each instruction set (variant.c). One table of functions a variant. */
+ * once for each instruction set (variant.c, dot.c). */
 #ifndef RF_CPU_KERNELS_H
 #define RF_CPU_KERNELS_H
 
 #include <stddef.h>
 
+#include "products.h"
 #include "rf/params.h"
 
 /* Context tokens of a part: the unit by which a sequence's context may be split over threads. A
@@ -59,32 +60,45 @@ static inline int64_t rf_head_rows(int64_t rows) {
     return rows < RF_MANY_ROWS ? rows : rf_pad_rows(rows);
 }
 
+/* What an instruction set has of everything but the products. */
 typedef struct rf_kernels {
-    const char *name;
     /* Floats of scratch, 64-byte aligned, for a task of so many heads with so many rows each. */
     int64_t (*scratch_floats)(const rf_attention_params *p, int64_t rows, int64_t heads);
     /* states: NULL, and the task writes its output; or where the first part of its merge has its
      * state, and first_part which part that is. */
-    void (*attend)(const rf_attention_params *p, const rf_task *t, float *scratch, float *states,
-                   int32_t first_part);
+    void (*attend)(const rf_attention_params *p, const rf_products *f, const rf_task *t,
+                   float *scratch, float *states, int32_t first_part);
     /* Folds the states of a merge and writes the output. */
-    void (*merge)(const rf_attention_params *p, const rf_merge *m, float *states);
+    void (*merge)(const rf_attention_params *p, const rf_products *f, const rf_merge *m,
+                  float *states);
     /* Tokens begin .. end - 1 of a merge of two results, and of a write to an 8-bit cache. */
     void (*merge_states)(const rf_merge_params *p, int64_t begin, int64_t end);
     void (*quantise)(const rf_write_params *p, int64_t begin, int64_t end);
 } rf_kernels;
 
-/* Those compiled in, best first, NULL at the end; available() asks the processor. */
+/* Types of cache that a query can meet: its own, and the 8-bit ones. */
+#define RF_NUM_CACHES (1 + RF_NUM_DTYPES - RF_NUM_WIDE_DTYPES)
+
+/* What a processor can run. Most of what is best for bfloat16 is AVX-512's, and compiled once. */
 typedef struct rf_variant {
+    const char *name;
     const rf_kernels *kernels;
+    const rf_products *products[RF_NUM_WIDE_DTYPES]; /* of each type of query: RF_NUM_CACHES */
     int (*available)(void);
 } rf_variant;
 
-extern const rf_kernels rf_kernels_portable;
-extern const rf_kernels rf_kernels_avx2;
-extern const rf_kernels rf_kernels_avx512;
-extern const rf_kernels rf_kernels_avx512bf16;
-extern const rf_kernels rf_kernels_amx;
+static inline const rf_products *rf_products_of(const rf_variant *v, int dtype, int kv_dtype) {
+    const int wide = kv_dtype < RF_NUM_WIDE_DTYPES;
+    return v->products[dtype] + (wide ? 0 : 1 + kv_dtype - RF_NUM_WIDE_DTYPES);
+}
+
+typedef const rf_products rf_products_of_caches[RF_NUM_CACHES];
+extern const rf_kernels rf_kernels_portable, rf_kernels_avx2, rf_kernels_avx512;
+extern rf_products_of_caches rf_products_portable[RF_NUM_WIDE_DTYPES];
+extern rf_products_of_caches rf_products_avx2[RF_NUM_WIDE_DTYPES];
+extern rf_products_of_caches rf_products_avx512[RF_NUM_WIDE_DTYPES];
+/* For queries of bfloat16. */
+extern rf_products_of_caches rf_products_avx512bf16, rf_products_amx;
 
 /* Where a sequence's queries and context are. */
 typedef struct rf_seq {

@@ -21,12 +21,12 @@ int rf_cpu_merge_states(rf_cpu *cpu, const rf_merge_params *p) {
     int64_t tasks = (p->num_tokens + CHUNK - 1) / CHUNK;
     if (p->num_tokens * p->num_heads * p->head_dim > SERIAL_ELEMENTS &&
         rf_pool_threads(&cpu->pool) > 1 && rf_pool_enter(&cpu->pool)) {
-        job j = {p, cpu->kernels};
+        job j = {p, cpu->variant->kernels};
         rf_pool_ready(&cpu->pool, tasks);
         rf_pool_run(&cpu->pool, task, &j, tasks);
         rf_pool_leave(&cpu->pool);
         return RF_OK;
     }
-    cpu->kernels->merge_states(p, 0, p->num_tokens);
+    cpu->variant->kernels->merge_states(p, 0, p->num_tokens);
     return RF_OK;
 }

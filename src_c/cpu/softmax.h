@@ -10,8 +10,6 @@
 #define RF_LOG2E 1.44269504088896340736f
 #define RF_LN2   0.69314718055994530942f
 
-/* Floats from one row of scores to the next, with few rows. */
-#define RF_FEW_LD (RF_FEW_TILE + RF_SLACK)
 /* Rows that are handled at once, with few: whole vectors of them. */
 #define RF_FEW_ROWS 16
 
@@ -100,17 +98,6 @@ static void clear_state(rf_state s, int64_t rows, int64_t v_dim) {
     clear_sums(s, rows);
 }
 
-/* The new maximum, the factor for what was summed before, and what to subtract: nothing seen yet
- * needs a finite shift, as exp2(-inf) = 0 where exp2(-inf - -inf) would be NaN. */
-RF_INLINE vf new_maximum(vf top, float *max, float *alpha) {
-    const vf none = vf_set1(-INFINITY);
-    vf old = vf_load(max), new = vf_max(top, old);
-    vf shift = vf_zero_if_equal(new, none);
-    vf_store(max, new);
-    vf_store(alpha, vf_exp2(vf_sub(old, shift)));
-    return shift;
-}
-
 /* Scores of n tokens become probabilities relative to the new maximum of their row; alpha is the
  * factor of everything summed before. rows: at most RF_FEW_ROWS; those of scores are handled by
  * four. */
@@ -155,34 +142,6 @@ static void scale_few(float *p, int n, int64_t rows, const float *scale) {
             float *at = p + r * RF_FEW_LD + t;
             vf_store(at, vf_mul(vf_load(at), vf_load(scale + t)));
         }
-}
-
-/* The same for many rows, ld of them, a multiple of 16: lanes are rows, and nothing is shuffled.
- * pack: NULL, or how two tokens' probabilities become what the value product reads instead; scale:
- * factors of each token's values, for those alone, or NULL. */
-RF_INLINE void softmax_many(float *s, int64_t ld, int n, float *max, float *sum, float *alpha,
-                            const float *scale, void (*pack)(vf a, vf b, float *out)) {
-    for (int64_t r = 0; r < ld; r += RF_W) {
-        vf top = vf_set1(-INFINITY), total = vf_zero();
-        for (int t = 0; t < n; t++) top = vf_max(vf_load(s + t * ld + r), top);
-        vf shift = new_maximum(top, max + r, alpha + r);
-        for (int t = 0; t < n; t += 2) {
-            float *at = s + t * ld + r;
-            vf a = vf_exp2(vf_sub(vf_load(at), shift)), b = vf_zero();
-            if (t + 1 < n) b = vf_exp2(vf_sub(vf_load(at + ld), shift));
-            total = vf_add(total, vf_add(a, b));
-            if (scale) {
-                a = vf_mul(a, vf_set1(scale[t]));
-                if (t + 1 < n) b = vf_mul(b, vf_set1(scale[t + 1]));
-            }
-            if (pack) pack(a, b, s + t / 2 * ld + r); /* behind what is still to be read */
-            else {
-                vf_store(at, a);
-                if (t + 1 < n) vf_store(at + ld, b);
-            }
-        }
-        vf_store(sum + r, vf_fma(vf_load(sum + r), vf_load(alpha + r), total));
-    }
 }
 
 RF_INLINE float rf_exp2_of(float x) { return vf_first(vf_exp2(vf_set1(x))); }

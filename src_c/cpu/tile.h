@@ -3,16 +3,7 @@
 #ifndef RF_CPU_TILE_H
 #define RF_CPU_TILE_H
 
-#include <math.h> /* INFINITY */
-#include <string.h>
-
-#include "kernels.h"
-
-#define RF_INLINE static inline __attribute__((always_inline))
-
-/* Addresses, scores or tokens that a block of tokens may write or name past the end of a tile. */
-#define RF_SLACK       16
-#define RF_TILE_TOKENS (RF_MANY_TILE + RF_SLACK)
+#include "phase.h"
 
 /* Tokens of a context that have a block. The offsets are of head 0, in elements, and go on with
  * that of the last token to the end of the arrays' use: blocks of tokens read past the end, and
@@ -85,13 +76,6 @@ static void prefetch_scales(const rf_scales *s, const int64_t *off, int n, int32
             __builtin_prefetch(s->data + off[t] + (head + h) * s->head_stride, 0, 2);
 }
 
-/* What to fetch while a phase reads its own vectors: as many, at other places. row NULL: nothing.
- */
-typedef struct rf_ahead {
-    const char *const *row; /* RF_SLACK more than tokens */
-    int n; /* of them for the phase itself; the others are for whoever comes after */
-} rf_ahead;
-
 /* The vectors of a phase in the order in which they lie in memory: for a bare read on Zen 4 that
  * order is worth a tenth against the order of use (a head's tokens, then the next head's), and
  * prefetches into the second level a third; into the first level they gain nothing, at any
@@ -119,41 +103,5 @@ static void make_ahead(const rf_paged *x, const char *base, int size, const int6
     }
     while (m < wanted + RF_SLACK) a->row[m++] = base;
 }
-
-/* Row t, whole. */
-RF_INLINE void prefetch_vector(const rf_ahead *a, int t, int bytes) {
-    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(a->row[t] + at, 0, 2);
-}
-/* The lines that begin in the i-th `step` bytes of the rows one after another, row_bytes each, a
- * multiple of 64. Line after line between the arithmetic, as the memory likes it. */
-RF_INLINE void prefetch_step(const rf_ahead *a, int i, int step, int row_bytes) {
-    const unsigned from = (unsigned)(i * step), bytes = (unsigned)row_bytes;
-    const int rows = step > row_bytes ? step / row_bytes : 1;
-    if (step < 64 && from % 64) return;
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        const char *p = a->row[from / bytes + (unsigned)r] + from % bytes;
-        for (int at = 0; at < step / rows; at += 64) __builtin_prefetch(p + at, 0, 2);
-    }
-}
-
-/* Where keys are read element by element for tb tokens at once, from token `first` on: a line of
- * some of the rows at each element, so that all are fetched by the end and none in a burst. */
-RF_INLINE void prefetch_element(const rf_ahead *a, int first, int tb, int element, int size) {
-    const int line = 64 / size, every = line / 4; /* elements of a line; between two fetches */
-    if (element % every) return;
-    const int from = element % line / every * tb / 4, to = (element % line / every + 1) * tb / 4;
-    for (int t = from; t < to; t++)
-        __builtin_prefetch(a->row[first + t] + element / line * 64, 0, 2);
-}
-
-/* One phase of a tile and head: vectors to be read, and what to fetch meanwhile. */
-typedef struct rf_phase {
-    const char *base;   /* of the head */
-    const int64_t *off; /* of each token, in elements */
-    rf_ahead ahead;
-    int n;   /* tokens, at least 1 */
-    int dim; /* elements of a vector */
-} rf_phase;
 
 #endif

@@ -129,7 +129,7 @@ static void task(void *arg, int64_t i, int worker) {
 int rf_cpu_write_kv(rf_cpu *cpu, const rf_write_params *p) {
     const int64_t size = type_size[p->dtype];
     int64_t bytes = p->num_tokens * p->num_kv_heads * (p->head_dim + p->v_head_dim) * size;
-    job j = {p, cpu->kernels, {0}, {0}};
+    job j = {p, cpu->variant->kernels, {0}, {0}};
     j.k = side_of(&p->k, &p->key, p->head_dim, size, bytes >= STREAM_BYTES);
     j.v = side_of(&p->v, &p->value, p->v_head_dim, size, bytes >= STREAM_BYTES);
     if (bytes > SERIAL_BYTES && rf_pool_threads(&cpu->pool) > 1 && rf_pool_enter(&cpu->pool)) {

@@ -11,8 +11,9 @@
  * first-level cache. So each key and value is read from memory once for all heads of its group.
  *
  * Within a wave LANES lanes share a token: each has 8 x CHUNKS elements of the query rows, of the
- * key and of the value, read in pieces of 16 bytes (8 of an 8-bit cache); WAVE / LANES tokens are
- * read side by side and STEPS of those at once. A logit is the sum over LANES lanes; what a value
+ * key and of the value, read in pieces of 16 bytes; WAVE / LANES tokens are read side by side and
+ * STEPS of those at once. In an 8-bit cache 16 bytes are two chunks: neighbours read them from a
+ * token each, and exchange halves. A logit is the sum over LANES lanes; what a value
  * adds needs no other lane. States are merged over the wave by shuffles, over waves through LDS,
  * over splits by reduce below. In a latent cache the key's registers serve as the value.
  *
@@ -195,6 +196,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
     int row0, rows; /* of this wave */
     int side, part; /* of this lane: which token, which chunks (part, part + LANES, ...) */
     bool latent, capped, biased, masked;
+    bool k_paired, v_paired;        /* 8 bits: an even number of chunks, read two at a time */
     bool k_in[CHUNKS];              /* whether the key has this lane's chunk, */
     int k_at[CHUNKS], v_at[CHUNKS]; /* and the byte in the vector that it is read from */
     Range range[ROWS];
@@ -212,12 +214,14 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
         masked = p.mask != nullptr;
         latent = p.v.data == p.k.data && p.v.block_stride == p.k.block_stride &&
                  p.v.head_stride == p.k.head_stride && p.v.token_stride == p.k.token_stride;
+        k_paired = SIZE == 1 && p.head_dim % 16 == 0;
+        v_paired = SIZE == 1 && p.v_head_dim % 16 == 0;
         RF_UNROLL
         for (int c = 0; c < CHUNKS; c++) {
             int chunk = part + c * LANES;
             k_in[c] = 8 * chunk < p.head_dim;
-            k_at[c] = k_in[c] ? 8 * SIZE * chunk : 0;
-            v_at[c] = 8 * chunk < p.v_head_dim ? 8 * SIZE * chunk : 0;
+            k_at[c] = k_in[c] ? 8 * SIZE * (k_paired ? chunk & ~1 : chunk) : 0;
+            v_at[c] = 8 * chunk < p.v_head_dim ? 8 * SIZE * (v_paired ? chunk & ~1 : chunk) : 0;
         }
         RF_UNROLL
         for (int r = 0; r < ROWS; r++) {
@@ -269,6 +273,34 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
         return yes;
     }
 
+    /* This lane's chunks of STEPS tokens, whose vectors are at bytes `offset` of the pool. */
+    RF_DEVICE_MEMBER static void read(const rf_paged &pool, const int64_t *offset, const int *at,
+                                      bool paired, Chunk<SIZE> (*to)[CHUNKS]) {
+        const char *data = static_cast<const char *>(pool.data);
+        if constexpr (SIZE == 1 && STEPS % 2 == 0) {
+            if (paired) {
+                bool odd = lane() % 2 != 0;
+                RF_UNROLL
+                for (int t = 0; t < STEPS; t += 2) RF_UNROLL
+                for (int c = 0; c < CHUNKS; c++) {
+                    int64_t first = offset[t], second = offset[t + 1];
+                    Bytes16 two = load<Bytes16>(data + (odd ? second : first) + at[c]);
+                    RF_UNROLL
+                    for (int i = 0; i < 2; i++) {
+                        unsigned low = two.w[i], high = two.w[2 + i], mine = odd ? high : low;
+                        unsigned other = (unsigned)shuffle_xor_bits<1>((int)(odd ? low : high));
+                        to[t][c].w[i] = odd ? other : mine;
+                        to[t + 1][c].w[i] = odd ? mine : other;
+                    }
+                }
+                return;
+            }
+        }
+        RF_UNROLL
+        for (int t = 0; t < STEPS; t++) RF_UNROLL
+        for (int c = 0; c < CHUNKS; c++) to[t][c] = load_chunk<SIZE>(data + offset[t] + at[c]);
+    }
+
     /* Tokens first + side + i * SIDE; `blocks` has theirs. Guarded: rows may not see all of them,
      * and what they do not see, NaN maybe, must not reach their sums.
      *
@@ -281,33 +313,28 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
         Chunk<SIZE> key[STEPS][CHUNKS], value[STEPS][CHUNKS];
         float weight[ROWS][STEPS], k_scale[STEPS], v_scale[STEPS];
         int offset[STEPS];
-        int64_t block[STEPS];
+        int64_t block[STEPS], at[STEPS];
         RF_UNROLL
         for (int t = 0; t < STEPS; t++) {
             uint32_t token = (uint32_t)(first + side + t * SIDE);
             block[t] = GUARDED && blocks[t] < 0 ? 0 : blocks[t];
             offset[t] = (int)(token - rf_quotient(token, a.block_size) * a.block_size.value);
-            const char *k = static_cast<const char *>(p.k.data) +
-                            (block[t] * p.k.block_stride + head * p.k.head_stride +
-                             offset[t] * p.k.token_stride) *
-                                SIZE;
-            RF_UNROLL
-            for (int c = 0; c < CHUNKS; c++) key[t][c] = load_chunk<SIZE>(k + k_at[c]);
+            at[t] = (block[t] * p.k.block_stride + head * p.k.head_stride +
+                     offset[t] * p.k.token_stride) *
+                    SIZE;
         }
+        read(p.k, at, k_at, k_paired, key);
         if (latent) {
             RF_UNROLL
             for (int t = 0; t < STEPS; t++) RF_UNROLL
             for (int c = 0; c < CHUNKS; c++) value[t][c] = key[t][c];
         } else {
             RF_UNROLL
-            for (int t = 0; t < STEPS; t++) {
-                const char *v = static_cast<const char *>(p.v.data) +
-                                (block[t] * p.v.block_stride + head * p.v.head_stride +
-                                 offset[t] * p.v.token_stride) *
-                                    SIZE;
-                RF_UNROLL
-                for (int c = 0; c < CHUNKS; c++) value[t][c] = load_chunk<SIZE>(v + v_at[c]);
-            }
+            for (int t = 0; t < STEPS; t++)
+                at[t] = (block[t] * p.v.block_stride + head * p.v.head_stride +
+                         offset[t] * p.v.token_stride) *
+                        SIZE;
+            read(p.v, at, v_at, v_paired, value);
         }
         if (SCALED) {
             const rf_attention_params &again = fresh(a).p;

@@ -64,9 +64,10 @@ template <int DTYPE> RF_DEVICE void quantise_vector(const rf_write_launch &a) {
     int part = lane() % RF_WRITE_LANES, end = there ? v.dim : 0;
     float scale = scales.value;
     bool finite = true;
-    if (a.p.k_scale.per_token) { /* both, or neither: all lanes take part in the maximum */
+    if (a.p.k_scale.per_token || a.p.v_scale.per_token) { /* all lanes take part in the maximum */
         float top = 0;
-        for (int chunk = part; 8 * chunk < end; chunk += RF_WRITE_LANES) {
+        int read = scales.per_token ? end : 0;
+        for (int chunk = part; 8 * chunk < read; chunk += RF_WRITE_LANES) {
             float x[8];
             load_wide(rows.data, from + 8 * chunk, a.p.dtype, x);
             RF_UNROLL
@@ -77,10 +78,10 @@ template <int DTYPE> RF_DEVICE void quantise_vector(const rf_write_launch &a) {
             }
         }
         top = maximum<RF_WRITE_LANES>(finite ? top : INF);
-        float least = bits_to_float(1u << 23); /* 2^-126 */
-        scale = top / largest;
-        scale = top == 0 ? 1.0f : scale < least ? least : scale;
-        if (!(top < INF)) scale = bits_to_float(0x7fc00000);
+        float least = bits_to_float(1u << 23), own = top / largest; /* 2^-126 */
+        own = top == 0 ? 1.0f : own < least ? least : own;
+        if (!(top < INF)) own = bits_to_float(0x7fc00000);
+        if (scales.per_token) scale = own;
     }
     if (!there) return;
     if (scales.data) {

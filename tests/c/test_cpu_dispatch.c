@@ -45,10 +45,10 @@ static void expect(unsigned processor, int permission, const char *best, int ask
     has = processor;
     permits = permission;
     requests = 0;
-    const rf_kernels *k = rf_find_kernels(NULL);
+    const rf_variant *k = rf_find_variant(NULL);
     CHECK(k && strcmp(k->name, best) == 0);
     CHECK(requests == asked); /* of the kernel: nothing, unless the processor has AMX */
-    CHECK(rf_find_kernels(best) == k);
+    CHECK(rf_find_variant(best) == k);
     CHECK(rf_cpu_isa_available("portable"));
     CHECK(!rf_cpu_isa_available("mmx"));
 }

@@ -108,6 +108,20 @@ MUTATIONS = [
         "weight[r][t]",
     ),
     (
+        "halves of 16 bytes go to the wrong neighbour",
+        "attention",
+        "attention.hip",
+        "to[t][c].w[i] = odd ? other : mine;",
+        "to[t][c].w[i] = odd ? mine : other;",
+    ),
+    (
+        "values scaled as keys are",
+        "write",
+        "write.hip",
+        "int read = scales.per_token ? end : 0;",
+        "int read = a.p.k_scale.per_token ? end : 0;",
+    ),
+    (
         "padding slot not skipped",
         "write",
         "write.hip",

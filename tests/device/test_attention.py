@@ -126,20 +126,31 @@ def test_rows_of_a_larger_table(device):
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BIT, ids=str)
-@pytest.mark.parametrize("form", ["float", "heads", "pool"])
-@pytest.mark.parametrize("head_dim", [64, 72, 256])
-def test_eight_bit_caches(device, rng, dtype, form, head_dim):
+@pytest.mark.parametrize(
+    ("forms", "head_dim"),
+    [
+        (("float", "float"), 64),
+        (("heads", "heads"), 72),
+        (("pool", "pool"), 256),
+        (("pool", "float"), 128),
+        (("heads", "pool"), 64),
+        (("pool", "heads"), 8),
+        (("pool", "pool"), 576),
+        (("float", "pool"), 520),
+    ],
+)
+def test_eight_bit_caches(device, rng, dtype, forms, head_dim):
     problem = make(FLOAT32, [70, 33, 7], [3, 1, 1], head_dim=head_dim)
     caches = {}
     for name in ("k_cache", "v_cache"):
         values = np.nan_to_num(getattr(problem, name), nan=1, posinf=1, neginf=1) * 20
         caches[name] = values.clip(-100, 100).astype(dtype)
-    shape = {"heads": (2,), "pool": problem.k_cache.shape[:3]}.get(form)
+    shapes = {"heads": (2,), "pool": problem.k_cache.shape[:3]}
     scales = [
         float(rng.uniform(0.01, 0.1))
-        if shape is None
-        else rng.uniform(0.01, 0.1, shape).astype(np.float32)
-        for _ in range(2)
+        if form == "float"
+        else rng.uniform(0.01, 0.1, shapes[form]).astype(np.float32)
+        for form in forms
     ]
     for query_dtype in DTYPES:
         case = problem.but(query=problem.query.astype(query_dtype), **caches)

@@ -65,8 +65,12 @@ def test_write_to_a_latent_cache(device, rng):
 
 @pytest.mark.parametrize("dtype", EIGHT_BIT, ids=str)
 @pytest.mark.parametrize("source", DTYPES, ids=str)
-@pytest.mark.parametrize("form", ["float", "heads", "pool"])
-def test_quantising_write(device, rng, dtype, source, form):
+@pytest.mark.parametrize(
+    ("k_form", "v_form"),
+    [(form, form) for form in ("float", "heads", "pool")]
+    + [("pool", "float"), ("heads", "pool"), ("float", "heads")],
+)
+def test_quantising_write(device, rng, dtype, source, k_form, v_form):
     key, value = rng.standard_normal((2, 40, 2, 72), np.float32) * 3
     key[3, 0, 5], key[4], key[5, 1, 0], key[6] = np.nan, 0, np.inf, 1e-40
     key[7, 0, 0], key[8, 0, 1] = -np.inf, 1e30
@@ -77,10 +81,14 @@ def test_quantising_write(device, rng, dtype, source, form):
         "float": (0.013, 0.021),
         "heads": (np.array([0.01, 0.03], np.float32), np.array([0.02, 0.05], np.float32)),
         "pool": (np.full((6, 2, 16), 7, np.float32), np.full((6, 2, 16), 7, np.float32)),
-    }[form]
+    }
     with np.errstate(over="ignore"):
         key, value = key.astype(source), value.astype(source)
-    write(device, key, value, k, k.copy(), slots, k_scale=scales[0], v_scale=scales[1])
+    write(
+        *(device, key, value, k, k.copy(), slots),
+        k_scale=scales[k_form][0],
+        v_scale=scales[v_form][1],
+    )
 
 
 @pytest.mark.parametrize("dtype", EIGHT_BIT[:2], ids=str)

@@ -1,5 +1,6 @@
 /* The in-memory structures of DLPack, by its specification (versions 0.x and 1.x): how arrays of
- * other libraries arrive. https://dmlc.github.io/dlpack/latest/c_api.html */
+ * other libraries arrive and how results go back.
+ * https://dmlc.github.io/dlpack/latest/c_api.html */
 #ifndef RF_DLPACK_H
 #define RF_DLPACK_H
 
@@ -41,5 +42,19 @@ typedef struct rf_dl_versioned { /* capsule "dltensor_versioned" */
     uint64_t flags;
     rf_dl_tensor tensor;
 } rf_dl_versioned;
+
+/* Table of functions that a type of arrays offers as the capsule __dlpack_c_exchange_api__ (DLPack
+ * 1.2, in PyTorch since 2.10). They return 0, or -1 with a Python exception set, and know nothing of
+ * streams. An object is a PyObject *. */
+typedef struct rf_dl_exchange {
+    uint32_t major, minor;
+    struct rf_dl_exchange *previous; /* a table of an older major version, or NULL */
+    int (*allocate)(rf_dl_tensor *like, rf_dl_versioned **out, void *context,
+                    void (*set_error)(void *context, const char *kind, const char *message));
+    int (*export_object)(void *object, rf_dl_versioned **out);
+    int (*import_object)(rf_dl_versioned *tensor, void **out); /* takes the tensor over */
+    int (*describe)(void *object, rf_dl_tensor *out); /* valid as long as the object; may be NULL */
+    int (*current_stream)(int32_t device_type, int32_t device_id, void **out);
+} rf_dl_exchange;
 
 #endif

@@ -4,12 +4,9 @@
  * An instruction adds two products to each of sixteen sums, twice the arithmetic of float32 for
  * half the loads. Queries stay bfloat16, and 8-bit elements become it exactly (by table look-up,
  * which needs VBMI). Probabilities are rounded to bfloat16 for the value product. */
-#ifndef RF_CPU_DOT_H
-#define RF_CPU_DOT_H
+#include "simd_avx512.h"
 
-#include "float.h"
-
-#if RF_HAVE_DOT
+#include "phase.h"
 
 static inline vf vf_dot(vf acc, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
@@ -137,10 +134,7 @@ RF_INLINE void pack_row(float *p, int n) {
     }
 }
 
-/* The products of many rows. */
-#if RF_HAVE_AMX
-#include "amx.h"
-#else
+/* ---- many rows ---- */
 
 /* Scores of tb tokens with nv vectors of rows, s[token * ld + row]. q: pairs of elements,
  * q[pair * ld + row]; keys are bfloat16 in the same order of elements. */
@@ -242,35 +236,58 @@ static void dot_values_many(float *acc, int64_t lda, const float *alpha, const f
         }
 }
 
-#endif
+static void softmax_pairs(float *s, int64_t ld, int n, float *max, float *sum, float *alpha,
+                          const float *scale) {
+    softmax_columns(s, ld, n, max, sum, alpha, scale, pack_pair);
+}
+
+#include "amx.h"
+
+/* ---- each type of cache ---- */
 
 #define T        uint16_t
-#define NAME(x)  x##_dot_bf16
+#define NAME(x)  x##_bf16
 #define RF_WORDS 1
 #define RF_TABLE 0
 #define rf_bytes bytes_bf16
 #include "dot.inc.h"
 
 #define T        uint8_t
-#define NAME(x)  x##_dot_e4m3fn
+#define NAME(x)  x##_e4m3fn
 #define RF_WORDS 0
 #define RF_TABLE 0
 #define rf_bytes bytes_e4m3fn
 #include "dot.inc.h"
 
 #define T        uint8_t
-#define NAME(x)  x##_dot_e4m3fnuz
+#define NAME(x)  x##_e4m3fnuz
 #define RF_WORDS 0
 #define RF_TABLE 1
 #define rf_bytes bytes_e4m3fnuz
 #include "dot.inc.h"
 
 #define T        uint8_t
-#define NAME(x)  x##_dot_i8
+#define NAME(x)  x##_i8
 #define RF_WORDS 0
 #define RF_TABLE 2
 #define rf_bytes bytes_i8
 #include "dot.inc.h"
 
-#endif
-#endif
+#define RF_DOT(kv, unit, begin_, end_)                                                             \
+    {.query_size = 2,                                                                              \
+     .chunk = 64,                                                                                  \
+     .query = query_##kv,                                                                          \
+     .scores_few = qk_few_##kv,                                                                    \
+     .scores_many = qk_many_##unit##_##kv,                                                         \
+     .softmax_many = softmax_pairs,                                                                \
+     .values_few = pv_few_##kv,                                                                    \
+     .values_many = pv_many_##unit##_##kv,                                                         \
+     .finish = finish_##kv,                                                                        \
+     .begin = begin_,                                                                              \
+     .end = end_}
+#define RF_DOT_ALL(...)                                                                            \
+    {RF_DOT(bf16, __VA_ARGS__), RF_DOT(e4m3fn, __VA_ARGS__), RF_DOT(e4m3fnuz, __VA_ARGS__),        \
+     RF_DOT(i8, __VA_ARGS__)}
+
+rf_products_of_caches rf_products_avx512bf16 = RF_DOT_ALL(dot, NULL, NULL);
+rf_products_of_caches rf_products_amx = RF_DOT_ALL(amx, amx_begin, amx_end);

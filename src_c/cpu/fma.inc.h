@@ -1,4 +1,4 @@
-/* The two products in float32, for one storage type T: included once for each by float.h.
+/* The two products in float32, for one storage type T: included once for each by fma.h.
  *
  * With few rows a head: scores by blocks of RF_RB rows x RF_TB tokens whose lanes are elements of a
  * key, and sums by blocks of RF_RB rows x 4 vectors. Elements are converted as they are read, once,

@@ -1,0 +1,145 @@
+/* The products of attention in float32: the few-row kernels for each storage type, and the one of
+ * many rows, which reads float32. See kernels.h for few and many. */
+#ifndef RF_CPU_FMA_H
+#define RF_CPU_FMA_H
+
+#include "phase.h"
+
+/* Scores of tb tokens with nv vectors of rows, s[token * ld + row]: a key's element meets all rows
+ * at once, so keys are broadcast and nothing is summed across lanes. q[element * ld + row]. */
+RF_INLINE void qk_many_block(const float *q, int64_t ld, const float *const *k,
+                             const rf_ahead *ahead, int first, int dim, int tb, int nv, vf factor,
+                             float *s) {
+    vf acc[RF_MANY_TB][RF_MANY_NV];
+    for (int t = 0; t < tb; t++)
+        for (int j = 0; j < nv; j++) acc[t][j] = vf_zero();
+    for (int d = 0; d < dim; d++) {
+        vf x[RF_MANY_NV];
+        if (ahead) prefetch_element(ahead, first, tb, d, (int)sizeof(float));
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) x[j] = vf_load(q + d * ld + j * RF_W);
+#pragma GCC unroll 16
+        for (int t = 0; t < tb; t++) {
+            vf y = vf_set1(k[t][d]);
+#pragma GCC unroll 8
+            for (int j = 0; j < nv; j++) acc[t][j] = vf_fma(x[j], y, acc[t][j]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < tb; t++)
+#pragma GCC unroll 8
+        for (int j = 0; j < nv; j++) vf_store(s + t * ld + j * RF_W, vf_mul(acc[t][j], factor));
+}
+
+/* Of tokens past the end, the scores are written and not read. */
+RF_INLINE void qk_many_rows(const float *q, int64_t ld, const rf_phase *x, const rf_ahead *ahead,
+                            int tb, int nv, vf factor, float *s) {
+    for (int t = 0; t < x->n; t += tb) {
+        const float *k[RF_MANY_TB];
+        for (int i = 0; i < tb; i++) k[i] = (const float *)x->base + x->off[t + i];
+        qk_many_block(q, ld, k, t < x->ahead.n ? ahead : NULL, t, x->dim, tb, nv, factor,
+                      s + t * ld);
+    }
+}
+
+static void scores_of_many(const float *q, int64_t ld, const rf_phase *x, float factor, float *s) {
+    const vf f = vf_set1(factor);
+    const rf_ahead *ahead = x->ahead.row ? &x->ahead : NULL; /* for the first rows only */
+    for (int64_t r = 0, nv; r < ld; r += nv * RF_W, ahead = NULL) {
+        nv = (ld - r) / RF_W < RF_MANY_NV ? (ld - r) / RF_W : RF_MANY_NV;
+        switch (nv) {
+        case 1: qk_many_rows(q + r, ld, x, ahead, RF_MANY_TB, 1, f, s + r); break;
+#if RF_MANY_NV == 4
+        case 2: qk_many_rows(q + r, ld, x, ahead, 12, 2, f, s + r); break;
+        case 3: qk_many_rows(q + r, ld, x, ahead, 8, 3, f, s + r); break;
+#endif
+        default: qk_many_rows(q + r, ld, x, ahead, RF_MANY_FULL, RF_MANY_NV, f, s + r); break;
+        }
+    }
+}
+
+#define RF_KNOWN_DIM(T, dim) (RF_W > 4 && sizeof(T) > 1 ? (dim) : 0)
+
+#define T           float
+#define NAME(x)     x##_f32
+#define RF_IS_FLOAT 1
+#define rf_ld2      rf_ld2_f32
+#define rf_ld2_part rf_ld2_part_f32
+#include "fma.inc.h"
+
+#define T           uint16_t
+#define NAME(x)     x##_f16
+#define rf_ld2      rf_ld2_f16
+#define rf_ld2_part rf_ld2_part_f16
+#include "fma.inc.h"
+
+#define T           uint16_t
+#define NAME(x)     x##_bf16
+#define rf_ld2      rf_ld2_bf16
+#define rf_ld2_part rf_ld2_part_bf16
+#include "fma.inc.h"
+
+#define T           uint8_t
+#define NAME(x)     x##_e4m3fn
+#define rf_ld2      rf_ld2_e4m3fn
+#define rf_ld2_part rf_ld2_part_e4m3fn
+#include "fma.inc.h"
+
+#define T           uint8_t
+#define NAME(x)     x##_e4m3fnuz
+#define rf_ld2      rf_ld2_e4m3fnuz
+#define rf_ld2_part rf_ld2_part_e4m3fnuz
+#include "fma.inc.h"
+
+#define T           uint8_t
+#define NAME(x)     x##_i8
+#define rf_ld2      rf_ld2_i8
+#define rf_ld2_part rf_ld2_part_i8
+#include "fma.inc.h"
+
+/* Rows of queries in float32, and rows of sums as outputs: for each type, whole pairs of vectors
+ * and a part. */
+#define RF_QUERY(name, T)                                                                          \
+    static void query_##name(const void *query, int dim, void *row) {                              \
+        const T *q = query;                                                                        \
+        float *to = row;                                                                           \
+        for (int c = 0; c < dim; c += 2 * RF_W) {                                                  \
+            vf a, b;                                                                               \
+            if (dim - c >= 2 * RF_W) rf_ld2_##name(q + c, &a, &b);                                 \
+            else rf_ld2_part_##name(q + c, dim - c, &a, &b);                                       \
+            vf_store(to + c, a);                                                                   \
+            vf_store(to + c + RF_W, b);                                                            \
+        }                                                                                          \
+    }                                                                                              \
+    static void finish_##name(const float *acc, int dim, float f, void *out) {                     \
+        T *to = out;                                                                               \
+        for (int c = 0; c < dim; c += 2 * RF_W) {                                                  \
+            vf a = vf_mul(vf_load(acc + c), vf_set1(f));                                           \
+            vf b = vf_mul(vf_load(acc + c + RF_W), vf_set1(f));                                    \
+            if (dim - c >= 2 * RF_W) rf_st2_##name(to + c, a, b);                                  \
+            else rf_st2_part_##name(to + c, dim - c, a, b);                                        \
+        }                                                                                          \
+    }
+RF_QUERY(f32, float)
+RF_QUERY(f16, uint16_t)
+RF_QUERY(bf16, uint16_t)
+RF_QUERY(bf16n, uint16_t) /* over caches whose elements keep their order */
+
+static void softmax_many(float *s, int64_t ld, int n, float *max, float *sum, float *alpha,
+                         const float *scale) {
+    softmax_columns(s, ld, n, max, sum, alpha, scale, NULL);
+}
+
+#define RF_FMA(q, kv)                                                                              \
+    {.query_size = 4,                                                                              \
+     .chunk = 2 * RF_W,                                                                            \
+     .query = query_##q,                                                                           \
+     .scores_few = qk_few_##kv,                                                                    \
+     .scores_many = qk_many_##kv,                                                                  \
+     .softmax_many = softmax_many,                                                                 \
+     .values_few = pv_few_##kv,                                                                    \
+     .values_many = pv_many_##kv,                                                                  \
+     .finish = finish_##q}
+#define RF_FMA_8BIT(q) RF_FMA(q, e4m3fn), RF_FMA(q, e4m3fnuz), RF_FMA(q, i8)
+
+#endif
