@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from exchange import Tensor, Versioned
+
 ROCM, CUDA, CPU, ROCM_HOST = 10, 2, 1, 11
 READ_ONLY = 1
 CODES = {
@@ -19,27 +21,11 @@ CODES = {
 }  # fmt: skip
 
 
-class _Tensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p), ("device_type", ctypes.c_int32), ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32), ("code", ctypes.c_uint8), ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16), ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)), ("byte_offset", ctypes.c_uint64),
-    )  # fmt: skip
-
-
 _Deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 class _Plain(ctypes.Structure):
-    _fields_ = (("tensor", _Tensor), ("context", ctypes.c_void_p), ("deleter", _Deleter))
-
-
-class _Versioned(ctypes.Structure):
-    _fields_ = (
-        ("major", ctypes.c_uint32), ("minor", ctypes.c_uint32), ("context", ctypes.c_void_p),
-        ("deleter", _Deleter), ("flags", ctypes.c_uint64), ("tensor", _Tensor),
-    )  # fmt: skip
+    _fields_ = (("tensor", Tensor), ("context", ctypes.c_void_p), ("deleter", ctypes.c_void_p))
 
 
 _new = ctypes.pythonapi.PyCapsule_New
@@ -81,7 +67,7 @@ class Foreign:
         if self.legacy and "max_version" in keywords:
             raise TypeError("__dlpack__() got an unexpected keyword argument 'max_version'")
         self.streams.append(keywords["stream"])
-        kind = _Plain if self.version is None else _Versioned
+        kind = _Plain if self.version is None else Versioned
         managed = kind()
         tensor = managed.tensor
         tensor.data = self.array.address - self.offset
@@ -99,14 +85,15 @@ class Foreign:
         def take_back(_: int) -> None:
             self.taken_back += 1
 
-        managed.deleter = _Deleter(take_back)
+        deleter = _Deleter(take_back)
+        managed.deleter = ctypes.cast(deleter, ctypes.c_void_p)
         if self.version is not None:
             managed.major, managed.minor = self.version
             managed.flags = self.flags
         usual = b"dltensor" if self.version is None else b"dltensor_versioned"
         name = ctypes.create_string_buffer(self.name or usual)
 
-        self._alive += [managed, shape, steps, name]
+        self._alive += [managed, shape, steps, name, deleter]
         self.given += 1
         # without a destructor: whoever takes it is who gives it back
         return _new(ctypes.addressof(managed), ctypes.cast(name, ctypes.c_char_p), None)

@@ -14,7 +14,8 @@ from libc.stdint cimport int64_t, uint64_t, uintptr_t
 
 from rocmforge.hip._driver cimport Device, Memory, fill_bytes, stream_handle
 from rocmforge.ops._arrays cimport (
-    array_at, dlpack_array, dlpack_type, rf_dl_managed, rf_dl_tensor, rf_dl_versioned, writable)
+    array_at, dlpack_array, dlpack_type, exchange_of, rf_dl_exchange, rf_dl_managed, rf_dl_tensor,
+    rf_dl_versioned, tensor_array, writable)
 
 import numpy as np
 
@@ -297,6 +298,11 @@ cdef int device_of(object x) except -2:
     """Index of the HIP device that an array is on; -1: it is not on any."""
     if isinstance(x, DeviceArray):
         return (<DeviceArray>x).device.index
+    cdef const rf_dl_exchange *api = exchange_of(x)
+    cdef rf_dl_tensor t
+    if api != NULL:
+        api.describe(<void *>x, &t)
+        return t.device_id if t.device_type == RF_DL_ROCM else -1
     if isinstance(x, cnp.ndarray) or not hasattr(x, "__dlpack_device__"):
         return -1
     kind, index = x.__dlpack_device__()
@@ -316,6 +322,16 @@ cdef cnp.ndarray on_device(object x, str name, Device device, size_t stream):
     """Any array on the device, described; work on `stream` comes after the array's."""
     if isinstance(x, DeviceArray) and (<DeviceArray>x).device is device:
         return (<DeviceArray>x)._array
+    cdef const rf_dl_exchange *api = exchange_of(x)
+    cdef rf_dl_tensor t
+    cdef void *current = NULL
+    if api != NULL:
+        api.describe(<void *>x, &t)
+        # On the stream that the library itself works on, nothing needs to wait for anything.
+        if t.device_type == RF_DL_ROCM and t.device_id == device.index and api.current_stream:
+            api.current_stream(RF_DL_ROCM, device.index, &current)
+            if current == <void *>stream:
+                return tensor_array(&t, name, cnp.NPY_ARRAY_WRITEABLE, x)
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"{name} must be an array with __dlpack__ on {device}, got "
                         f"{type(x).__name__}")

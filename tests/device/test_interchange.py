@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from device_cases import attend, on, up
+from exchange import Exchanged, offer
 from foreign import CPU, CUDA, READ_ONLY, ROCM, ROCM_HOST, Foreign, cut, foreign
 from ops_cases import BFLOAT16, FLOAT32, bits, make
 from rocmforge import KVCache, hip, ops
@@ -192,3 +193,42 @@ def test_read_only_tensors_are_read_and_not_written_to(device, rng):
     again = hip.from_dlpack(array)  # through our own capsule
     with pytest.raises(ValueError, match=r"caches\[0\] must be writable"):
         ops.copy_blocks(again[:, :1], pairs)
+
+
+def test_the_exchange_api_is_used_on_the_librarys_own_stream(device, rng):
+    """No Python of the library runs there; on another stream `__dlpack__` makes them wait."""
+    ours, other = hip.Stream(device), hip.Stream(device)
+
+    class Tensor(Exchanged):
+        device = (ROCM, 0)
+        stream = _driver.stream_address(ours)
+        calls: list[str] = []  # noqa: RUF012
+
+        @property
+        def address(self):
+            return self.array.address
+
+        def __dlpack_device__(self):
+            return self.device
+
+        def __dlpack__(self, **keywords):
+            self.calls.append("capsule")
+            keywords.pop("stream")
+            return self.array.__dlpack__(**keywords)
+
+    Tensor.device = (ROCM, device.index)
+    table = offer(Tensor)
+    problem = make(FLOAT32, [40, 21], heads=(4, 2))
+    want = attend(problem, device)
+    moved = on(problem, device)
+    hip.synchronize(None, device)
+    tensors = moved.but(**{name: Tensor(getattr(moved, name)) for name in EVERY})
+    for stream, capsules in ((ours, 0), (other, len(EVERY))):
+        Tensor.calls.clear()
+        got = tensors.call(ops.paged_attention, stream=stream)
+        np.testing.assert_array_equal(bits(got.numpy(stream)), bits(want))
+        assert len(Tensor.calls) == capsules
+    Tensor.device = (ROCM, 7)
+    with pytest.raises(ValueError, match=r"k_cache must be on hip.* on hip:7"):
+        moved.but(k_cache=tensors.k_cache).call(ops.paged_attention, stream=ours)
+    assert table.major == 1
