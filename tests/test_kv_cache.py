@@ -375,7 +375,9 @@ def test_common_prefix(dtype, monkeypatch):
     monkeypatch.setattr(
         rocmforge.kv_cache,
         "attend_with_prefix",
-        lambda n, *args, **kwargs: calls.append(n) or original(n, *args, **kwargs),
+        lambda prefix, *args, **kwargs: (
+            calls.append(prefix.num_blocks) or original(prefix, *args, **kwargs)
+        ),
     )
     model = Model(
         KVCache(**ONE | {"num_blocks": 300}, dtype=dtype), BFLOAT16 if dtype == FLOAT8 else None

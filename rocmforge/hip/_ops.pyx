@@ -31,6 +31,7 @@ from rocmforge.ops._params cimport rf_copy_params
 import ml_dtypes
 import numpy as np
 
+from rocmforge.hip._array import from_dlpack
 from rocmforge.hip._driver import get_device
 
 cnp.import_array()
@@ -90,6 +91,12 @@ cdef Device _device(object x, str name):
     if index < 0:
         raise ValueError(f"{name} must be on a HIP device, got {type(x).__name__}")
     return get_device(index)
+
+
+def to_host(x, name, stream=None):
+    """Copy an array on a HIP device to a new NumPy array, and wait for it."""
+    _device(x, name)
+    return from_dlpack(x, stream).numpy(stream)
 
 
 cdef cnp.ndarray _optional(object x, str name, Device device, size_t stream):
@@ -526,7 +533,8 @@ def scatter_blocks(caches, block_ids, data, *, stream=None):
                 cnp.PyArray_STRIDE(rows, 0), handle)
 
 
-def update_table(DeviceArray table not None, row, column, value, *, stream=None):
+def update_table(DeviceArray table not None, cnp.ndarray row not None, cnp.ndarray column not None,
+                 cnp.ndarray value not None, *, stream=None):
     """Set entries of a block table on the device; the entries travel with the launches.
 
     Parameters
@@ -535,11 +543,10 @@ def update_table(DeviceArray table not None, row, column, value, *, stream=None)
     row, column, value : numpy.ndarray int32 [n]
     """
     cdef rf_table_launch t
-    cdef const int32_t[::1] r = row, c = column, v = value
-    cdef Py_ssize_t n = r.shape[0], first, i
-    if c.shape[0] != n or v.shape[0] != n:
-        raise ValueError(f"row, column and value must have one length, got {n}, {c.shape[0]} and "
-                         f"{v.shape[0]}")
+    cdef const int32_t *r = as_int32s(row, "row", "[n]", -1)
+    cdef Py_ssize_t n = cnp.PyArray_DIM(row, 0), first, i
+    cdef const int32_t *c = as_int32s(column, "column", "[n]", n)
+    cdef const int32_t *v = as_int32s(value, "value", "[n]", n)
     if table.ndim != 2 or cnp.PyArray_TYPE(table._array) != cnp.NPY_INT32:
         raise ValueError(f"table must be int32 [num_rows, max_blocks], got {table!r}")
     cdef void *handle = stream_handle(stream)
