@@ -29,7 +29,7 @@ from vllm_server import Completion, Server, made_checkpoint, prose
 #: What the runs of a load take place in: on a machine that is shared, a lock.
 turn = contextlib.nullcontext
 
-LOADS = {"short": (245, 16), "long": (1800, 3)}  # prompt tokens, requests at once
+LOADS = {"short": (245, 8), "long": (1800, 2)}  # prompt tokens, requests at once
 NEW_TOKENS = 32
 
 
