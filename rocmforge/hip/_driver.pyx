@@ -460,14 +460,14 @@ cdef class Device:
 
     cdef void *_module(self, str family) except NULL:
         cdef void *module = NULL
-        cdef const unsigned char[::1] image
+        cdef const char *image
         known = self._modules.get(family)
         if known is None:
             name = self.code_object()
             data = (code_object_folder() / f"{family}.{name}.hsaco").read_bytes()
             image = data
             with _On(self):
-                _check(_hip.module_load(&module, &image[0]),
+                _check(_hip.module_load(&module, image),
                        f"hipModuleLoadData({family}.{name}.hsaco) on {self.architecture}")
                 known = self._modules.setdefault(family, <uintptr_t>module)
         return <void *><uintptr_t>known

@@ -533,7 +533,8 @@ def scatter_blocks(caches, block_ids, data, *, stream=None):
                 cnp.PyArray_STRIDE(rows, 0), handle)
 
 
-def update_table(DeviceArray table not None, row, column, value, *, stream=None):
+def update_table(DeviceArray table not None, cnp.ndarray row not None, cnp.ndarray column not None,
+                 cnp.ndarray value not None, *, stream=None):
     """Set entries of a block table on the device; the entries travel with the launches.
 
     Parameters
@@ -542,11 +543,10 @@ def update_table(DeviceArray table not None, row, column, value, *, stream=None)
     row, column, value : numpy.ndarray int32 [n]
     """
     cdef rf_table_launch t
-    cdef const int32_t[::1] r = row, c = column, v = value
-    cdef Py_ssize_t n = r.shape[0], first, i
-    if c.shape[0] != n or v.shape[0] != n:
-        raise ValueError(f"row, column and value must have one length, got {n}, {c.shape[0]} and "
-                         f"{v.shape[0]}")
+    cdef const int32_t *r = as_int32s(row, "row", "[n]", -1)
+    cdef Py_ssize_t n = cnp.PyArray_DIM(row, 0), first, i
+    cdef const int32_t *c = as_int32s(column, "column", "[n]", n)
+    cdef const int32_t *v = as_int32s(value, "value", "[n]", n)
     if table.ndim != 2 or cnp.PyArray_TYPE(table._array) != cnp.NPY_INT32:
         raise ValueError(f"table must be int32 [num_rows, max_blocks], got {table!r}")
     cdef void *handle = stream_handle(stream)

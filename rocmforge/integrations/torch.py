@@ -2,9 +2,10 @@
 
 Called from eager code a function here is the one of the same name in `rocmforge.ops`, which reads
 tensors where they are and gives tensors back. While a graph is traced, for tensors that stand for
-others (fake tensors) and for those that need a gradient it is an operator of ``torch.ops.rocmforge``
-instead, so that a graph stays whole. The operators can be called by name too; they take no floats
-as scales and no workspace, and work is enqueued on PyTorch's current stream.
+others (fake tensors) and for those that need a gradient it is an operator of
+``torch.ops.rocmforge`` instead, so that a graph stays whole. The operators can be called by name
+too; they take no floats as scales and no workspace, and work is enqueued on PyTorch's current
+stream.
 
 There are no gradients: going back through a result is an error.
 """
@@ -39,9 +40,7 @@ calibrate = ops.calibrate
 
 def _direct(tensor: Tensor) -> bool:
     """Whether its memory can be read here and now."""
-    return (
-        type(tensor) is Tensor and not tensor.requires_grad and not torch.compiler.is_compiling()
-    )
+    return type(tensor) is Tensor and not tensor.requires_grad and not torch.compiler.is_compiling()
 
 
 def paged_attention(
@@ -314,9 +313,7 @@ def _paged_attention(query: Tensor, *arguments: Any, **options: Any) -> tuple[Te
     return _attend(None, query.detach(), *arguments, **options)
 
 
-def _paged_attention_out(
-    out: Tensor, query: Tensor, *arguments: Any, **options: Any
-) -> Tensor:
+def _paged_attention_out(out: Tensor, query: Tensor, *arguments: Any, **options: Any) -> Tensor:
     return _attend(out, query.detach(), *arguments, **options)[1]
 
 

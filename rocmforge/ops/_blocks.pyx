@@ -3,6 +3,7 @@
 """Writing new tokens into the cache, moving whole blocks, and block tables of compressed rows."""
 
 cimport numpy as cnp
+from cpython.bytearray cimport PyByteArray_AS_STRING
 from libc.stdint cimport INT32_MAX, int32_t, int64_t
 from libc.string cimport memcpy
 
@@ -179,14 +180,12 @@ cdef class _Pools:
 
     def __init__(self, caches, bint written):
         cdef cnp.ndarray a
-        cdef unsigned char[::1] raw
         if not isinstance(caches, (list, tuple)):
             caches = (caches,)
         self.num = len(caches)
         self.arrays = []
         self.memory = bytearray(sizeof(rf_copy_params) * max(self.num, 1))
-        raw = self.memory
-        self.data = <rf_copy_params *>&raw[0]
+        self.data = <rf_copy_params *>PyByteArray_AS_STRING(self.memory)
         for i, cache in enumerate(caches):
             name = f"caches[{i}]"
             a = as_array(cache, name)
@@ -290,8 +289,9 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     Returns
     -------
     array uint8 [n, bytes of a block in all caches]
-        ``out``, or a new array of the first cache's library, as by `paged_attention`: in each row the block of the first cache in the order of its
-        dimensions, whatever its strides, then that of the second.
+        ``out``, or a new array of the first cache's library, as by `paged_attention`: in each row
+        the block of the first cache in the order of its dimensions, whatever its strides, then that
+        of the second.
 
     Raises
     ------
