@@ -5,7 +5,9 @@ With vLLM where it is installed, else with just enough of its names for our clas
 
 import enum
 import importlib
+import os
 import sys
+import threading
 import types
 import warnings
 from importlib.metadata import entry_points, version
@@ -360,6 +362,29 @@ def test_the_backend(backend):
         assert kind.supports_sink()
         assert kind.supports_sliding_window()
         assert len(kind.supported_kv_cache_layouts()) == 6
+
+
+def test_threads_go_where_those_of_torch_are(backend, monkeypatch):
+    """vLLM binds the thread that calls us to one processor, and PyTorch's others to others."""
+    torch = pytest.importorskip("torch")
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) < 2:
+        pytest.skip("needs two processors")
+    torch.zeros(1 << 20).add_(1)  # PyTorch's threads exist, and are not bound by this test
+    before, asked = ops.get_num_threads(), []
+    monkeypatch.setattr(ops, "set_num_threads", lambda n, processors: asked.append(processors))
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    other.start()
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        backend.MetadataBuilder(None, ["layer"], None, torch.device("cpu"))
+    finally:
+        os.sched_setaffinity(0, allowed)
+        done.set()
+        other.join()
+    assert asked == [allowed]
+    assert ops.get_num_threads() == before
 
 
 def test_the_builder(backend, monkeypatch):

@@ -6,6 +6,7 @@ until somebody asks for it; nothing here imports vLLM or PyTorch before that.
 """
 
 import importlib
+import logging
 import os
 from typing import Any
 
@@ -62,6 +63,8 @@ def register() -> None:
     platforms: Any = importlib.import_module("vllm.platforms")
     name = "CPU_ATTN" if platforms.current_platform.is_cpu() else "CUSTOM"
     registry.register_backend(registry.AttentionBackendEnum[name], _BACKENDS[name])
+    # below vLLM's own logger, which it configures
+    logging.getLogger("vllm.rocmforge").info("rocmforge is the attention backend %s", name)
 
 
 def check_version() -> None:

@@ -11,6 +11,7 @@ operations recognise.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -296,6 +297,17 @@ class Implementation(AttentionImpl[Metadata]):
 
 
 def _use_threads_of_torch() -> None:
-    """As many threads as vLLM gave this worker, unless the user says another number."""
+    """Run where vLLM lets this worker run.
+
+    vLLM binds each OpenMP thread of PyTorch to a processor of its own, the thread that calls us
+    among them; threads that this one starts would all be bound to its processor.
+    """
+    number = ops.get_num_threads()
     if not os.environ.get("ROCMFORGE_NUM_THREADS"):
-        ops.set_num_threads(torch.get_num_threads())
+        number = torch.get_num_threads()
+    torch.zeros(1 << 20).add_(1)  # starts PyTorch's threads
+    processors: set[int] = set()
+    with contextlib.suppress(OSError):  # a thread may just have ended
+        for thread in os.listdir("/proc/self/task"):
+            processors |= os.sched_getaffinity(int(thread))
+    ops.set_num_threads(number, processors=processors)
