@@ -104,6 +104,8 @@ class DeviceMover:
         """Which of the ids, and their rows, until the next are asked for."""
         entry, step = _chunks(pools)
         ids = np.ascontiguousarray(ids, np.int32)
+        if not len(ids):
+            return
         buffers = self._take(entry * step)
         enqueued: deque[tuple[slice, Staging, int]] = deque()
         for begin in range(0, len(ids), step):
@@ -124,6 +126,8 @@ class DeviceMover:
         """Which of the ids, and memory to fill with their rows before the next is asked for."""
         entry, step = _chunks(pools)
         ids = np.ascontiguousarray(ids, np.int32)
+        if not len(ids):
+            return
         buffers = self._take(entry * step)
         for begin in range(0, len(ids), step):
             some = ids[begin : begin + step]

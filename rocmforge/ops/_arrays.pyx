@@ -9,8 +9,7 @@ cimport numpy as cnp
 from cpython.bool cimport PyBool_Check
 from cpython.exc cimport PyErr_Clear
 from cpython.float cimport PyFloat_CheckExact
-from cpython.pycapsule cimport (
-    PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName)
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memset, strncpy
@@ -429,7 +428,7 @@ cdef int same_dtype(cnp.ndarray a, str name, cnp.ndarray like, str other) except
 
 cdef int writable(cnp.ndarray a, str name) except -1:
     if not cnp.PyArray_ISWRITEABLE(a):
-        imported = PyCapsule_CheckExact((<object>a).base)
+        imported = isinstance((<object>a).base, _Taken)
         origin = " of another library (JAX's always are)" if imported else ""
         raise ValueError(f"{name} must be writable, got a read-only array{origin}")
     return 0
