@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KVCache"]
 
-Array = npt.NDArray[Any]
+Array = Any  # NumPy's, or what `rocmforge.ops` takes of other libraries
 
 
 def _place(device: str) -> Device | None:

@@ -4,8 +4,7 @@ Called from eager code a function here is the one of the same name in `rocmforge
 tensors where they are and gives tensors back. While a graph is traced, for tensors that stand for
 others (fake tensors) and for those that need a gradient it is an operator of
 ``torch.ops.rocmforge`` instead, so that a graph stays whole. The operators can be called by name
-too; they take no floats as scales and no workspace, and work is enqueued on PyTorch's current
-stream.
+too; they take no floats as scales, no workspace and no stream.
 
 There are no gradients: going back through a result is an error.
 """
@@ -16,11 +15,11 @@ from typing import Any
 
 try:
     import torch
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
-        f"rocmforge.integrations.torch needs PyTorch: pip install 'rocmforge[torch]' ({error})",
-        name=error.name,
-    ) from error
+        f"rocmforge.integrations.torch needs PyTorch: pip install 'rocmforge[torch]' ({_error})",
+        name=_error.name,
+    ) from _error
 from torch import Tensor
 
 from rocmforge import ops
@@ -73,8 +72,8 @@ def paged_attention(
 ) -> Any:
     """`rocmforge.ops.paged_attention` on tensors.
 
-    On a GPU ``stream`` is PyTorch's current one by default. `workspace` and `stream` have no place
-    in a compiled graph, whose memory and order are PyTorch's.
+    `workspace` and `stream` have no place in a compiled graph, whose memory and order are
+    PyTorch's.
     """
     if _direct(query):
         return ops.paged_attention(

@@ -35,12 +35,12 @@ try:
         causal_mask_function,
         sliding_window_causal_mask_function,
     )
-except ImportError as error:
+except ImportError as _error:
     raise ModuleNotFoundError(
         "rocmforge.integrations.transformers needs Transformers 5 and PyTorch: "
-        f"pip install 'rocmforge[transformers]' ({error})",
-        name=error.name,
-    ) from error
+        f"pip install 'rocmforge[transformers]' ({_error})",
+        name=_error.name,
+    ) from _error
 from torch import Tensor
 
 from rocmforge.batch import Batch
@@ -216,9 +216,9 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values as they are, for `attention` to store."""
-        key_states = key_states.view(key_states.shape)  # an object of its own, to attach to
-        key_states._paged = (self._owner(), self._index)
-        return key_states, value_states
+        attached: Any = key_states.view(key_states.shape)  # an object of its own
+        attached._paged = (self._owner(), self._index)
+        return attached, value_states
 
     def get_seq_length(self) -> int:
         """Tokens a row, padding included."""
@@ -344,7 +344,7 @@ class PagedCache(Cache):
         self._kept: Flags | None = None  # [rows, length]: which are real; None: all
         self._prompts: list[npt.NDArray[np.int64]] | None = None  # real tokens, as far as known
         self._step: _Step | None = None
-        layers = [
+        layers: list[Any] = [
             DummyLayer() if index < 0 else PagedLayer(self, layer, window)
             for layer, (index, window) in enumerate(zip(pool.layers, pool.windows, strict=True))
         ]
