@@ -436,7 +436,7 @@ def test_out_and_bits_by_default(monkeypatch):
 
 
 def test_the_layer_that_is_written_last_sees_its_whole_window():
-    """Its write commits the batch, and the window gives up blocks that earlier queries of it see."""
+    """Its write commits the batch, and the window gives up blocks that earlier queries see."""
     rng = np.random.default_rng(0)
     key, value, query = rng.standard_normal((3, 60, 2, 8), np.float32)
     results = []
