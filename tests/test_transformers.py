@@ -61,7 +61,6 @@ def test_left_padded_rows(model, length):
     assert_paged(cache)
 
 
-@pytest.mark.parametrize("model", ["llama", "qwen3"], indirect=True)
 def test_logits(model):
     """Of all tokens of a prompt, in each layer beyond its window, and of chunks that follow."""
     inputs = prompts(2, 40, padding=(0, 7))
