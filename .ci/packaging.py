@@ -3,6 +3,7 @@
 Run from the root of a tree without build products:  python .ci/packaging.py
 """
 
+import os
 import resource
 import subprocess
 import sys
@@ -20,9 +21,19 @@ USE = (
 )
 
 
-def run(*command: object, cwd: Path = ROOT) -> None:
+# Two exact architectures of two wave sizes; the default is those of the machine's GPUs, if any.
+ARCHITECTURES = ("gfx942", "gfx1100")
+FAMILIES = ("attention", "copy", "merge", "write")
+ANSWER = (
+    "from rocmforge.hip import built_architectures as built;"
+    f"assert built() == {sorted(ARCHITECTURES)}, built()"
+)
+
+
+def run(*command: object, cwd: Path = ROOT, **variables: str) -> None:
     words = [str(word) for word in command]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd)
+    environ = {**os.environ, **variables}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=cwd, env=environ)
     if done.returncode:
         sys.exit(f"{' '.join(words)}\n{done.stdout}{done.stderr}")
 
@@ -42,10 +53,13 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def check_wheel(wheel: Path) -> str:
+def check_wheel(wheel: Path, architectures: tuple[str, ...] = ()) -> str:
     names = zipfile.ZipFile(wheel).namelist()
-    sources = [n for n in names if n.endswith((".pyx", ".pxd", ".c", ".h", "CMakeLists.txt"))]
+    suffixes = (".pyx", ".pxd", ".c", ".h", ".hip", ".cmake", ".log", "CMakeLists.txt")
+    sources = [n for n in names if n.endswith(suffixes)]
     assert not sources, sources
+    objects = {n.removeprefix("rocmforge/code_objects/") for n in names if n.endswith(".hsaco")}
+    assert objects == {f"{f}.{arch}.hsaco" for f in FAMILIES for arch in architectures}, objects
     folders = {n.split("/")[0].split("-")[0] for n in names}
     assert folders == {"rocmforge"}, folders
     assert "rocmforge/py.typed" in names
@@ -64,11 +78,15 @@ def check_sdist(sdist: Path) -> str:
         needed += [
             str(path.relative_to(ROOT))
             for path in (ROOT / folder).rglob("*")
-            if path.suffix in {".c", ".h", ".pyx", ".pxd", ".pyi", ".py", ".txt", ".typed"}
+            if path.suffix
+            in {".c", ".h", ".hip", ".cmake", ".pyx", ".pxd", ".pyi", ".py", ".txt", ".typed"}
         ]
     missing = [name for name in needed if (ROOT / name).exists() and name not in names]
     assert not missing, missing
     assert not [n for n in names if n.endswith((".so", ".o", ".dep", ".gguf", ".hsaco"))]
+    with tarfile.open(sdist) as archive:
+        (shim,) = [m for m in archive.getmembers() if m.name.endswith("src_c/hip/zig/lld")]
+    assert shim.mode & 0o111, "the linker's shim must be a program"
     return f"{sdist.stat().st_size / 1e6:.1f} MB, {len(names)} files"
 
 
@@ -94,6 +112,22 @@ def main() -> None:
         python = environment(tmp / "wheel")
         run(python, "-m", "pip", "install", wheel)
         run(python, "-c", USE, cwd=tmp)
+
+        start = time.monotonic()
+        python = environment(tmp / "objects")
+        extras = project["project"]["optional-dependencies"]["hip-compiler"]
+        run(python, "-m", "pip", "install", *extras)
+        folder = tmp / "with objects"
+        build = ("-m", "pip", "wheel", "--no-deps", "-w", folder, sdist)
+        path = f"{python.parent}{os.pathsep}{os.environ['PATH']}"
+        chosen = {"ROCMFORGE_HIP_ARCHS": ",".join(ARCHITECTURES),
+                  "ROCMFORGE_HIP_COMPILER": str(python.with_name("python-zig"))}  # fmt: skip
+        run(python, *build, PATH=path, **chosen)
+        (wheel,) = folder.glob("*.whl")
+        run(python, "-m", "pip", "install", wheel)
+        run(python, "-c", ANSWER, cwd=tmp)
+        report(f"a wheel with code objects for {' and '.join(ARCHITECTURES)}", start)
+        print(f"    {wheel.name}: {check_wheel(wheel, ARCHITECTURES)}")
 
         start = time.monotonic()
         wheels = tmp / "wheels"

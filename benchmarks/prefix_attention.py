@@ -16,7 +16,7 @@ import numpy as np
 from _bench import machine, print_table
 from rocmforge import KVCache
 from rocmforge.ops import set_num_threads
-from rocmforge.prefix_attention import attend_with_prefix, is_worthwhile
+from rocmforge.prefix_attention import CommonPrefix, attend_with_prefix, is_worthwhile
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16
 OWN = 64  # tokens of each sequence behind the prefix
@@ -85,8 +85,7 @@ def compare(batch: int, prefix: int, dtype: str, repeats: int) -> list[object]:
     out = np.empty_like(query)
     common = made.num_common_blocks
     arguments = (
-        query, cache.k_cache(0), cache.v_cache(0), made.block_table, made.seq_lens,
-        made.cu_seqlens_q,
+        query, cache.k_cache(0), cache.v_cache(0), made.block_table, made.cu_seqlens_q,
     )  # fmt: skip
     options = {
         "rows": made.rows, "softcap": 0.0, "sinks": None, "mask": None, "out": out,
@@ -94,7 +93,9 @@ def compare(batch: int, prefix: int, dtype: str, repeats: int) -> list[object]:
     }  # fmt: skip
     runs = {
         "plain": lambda: cache.attend(0, query, made, out),
-        "prefix": lambda: attend_with_prefix(common, *arguments, **options),
+        "prefix": lambda: attend_with_prefix(
+            CommonPrefix.of(made, common, BLOCK), *arguments, **options
+        ),
     }
     results = {name: np.array(run(), np.float64) for name, run in runs.items()}
     if not np.allclose(results["plain"], results["prefix"], atol=2e-2, rtol=2e-2):

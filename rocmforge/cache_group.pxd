@@ -32,7 +32,7 @@ cdef class CacheGroup:
     cdef void mark(self, int32_t row, int32_t block) noexcept
     cdef int64_t num_changes(self) noexcept
     cdef void show_changes(self, int32_t *delta) noexcept
-    cdef void hide(self, int32_t row, int32_t first, int32_t last) noexcept
+    cdef void hide_released(self, int32_t row, int64_t length) noexcept
 
 
 cdef CacheGroup new_group(int64_t num_blocks, int block_size, int64_t window, int32_t ratio,

@@ -162,15 +162,22 @@ cdef class CacheGroup:
             self.changed[row] = UNCHANGED
         self.num_changed_rows = 0
 
-    cdef void hide(self, int32_t row, int32_t first, int32_t last) noexcept:
-        """Take the blocks first .. last - 1 of a row, which its window has passed, off the table.
+    cdef void hide_released(self, int32_t row, int64_t length) noexcept:
+        """Take the blocks that a query at `length` no longer sees, and that the row gave up, off
+        the table.
 
         They need no place in the delta: no query of this group looks there again.
         """
         cdef int32_t *table = <int32_t *> cnp.PyArray_DATA(self.table)
-        cdef int64_t columns = cnp.PyArray_DIM(self.table, 1), j
-        for j in range(<int64_t> first * self.ratio, <int64_t> last * self.ratio):
-            table[row * columns + j] = RF_NO_BLOCK
+        cdef int64_t start = row * cnp.PyArray_DIM(self.table, 1)
+        cdef int32_t block = self.first_needed(length), k
+        cdef BlockList *blocks = &self.page_table.lists[row]
+        while block > 0 and blocks.ids[block - 1] != RF_NO_BLOCK:  # kept for a truncate
+            block -= 1
+        while block > 0 and table[start + (block - 1) * self.ratio] != RF_NO_BLOCK:
+            block -= 1
+            for k in range(self.ratio):
+                table[start + block * self.ratio + k] = RF_NO_BLOCK
 
     def __repr__(self):
         return (f"CacheGroup(num_blocks={self.allocator.num_blocks}, "

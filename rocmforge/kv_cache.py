@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import numpy as np
@@ -16,6 +16,7 @@ from rocmforge.batch import Batch
 from rocmforge.errors import DeviceError
 from rocmforge.kv_cache_manager import KVCacheManager
 from rocmforge.layer_group import LayerGroup
+from rocmforge.movement import HostMover, Mover
 from rocmforge.pools import (
     LayerPools,
     Shape,
@@ -27,7 +28,7 @@ from rocmforge.pools import (
     read_scales,
     zeros,
 )
-from rocmforge.prefix_attention import attend_with_prefix, is_worthwhile
+from rocmforge.prefix_attention import CommonPrefix, attend_with_prefix, is_worthwhile
 
 if TYPE_CHECKING:
     from rocmforge.hip import Device
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KVCache"]
 
-Array = npt.NDArray[Any]
+Array = Any  # NumPy's, or what `rocmforge.ops` takes of other libraries
 
 
 def _place(device: str) -> Device | None:
@@ -137,6 +138,7 @@ class KVCache(KVCacheManager):
     _layers: list[LayerPools]
     _shapes: list[Shape]
     _common: int | None
+    _common_prefix: CommonPrefix | None  # of the newest batch, once it was needed
     _moving: threading.RLock  # held while contents move, so that no block is taken meanwhile
 
     def __init__(
@@ -218,7 +220,7 @@ class KVCache(KVCacheManager):
             for owner in owners
         ]
         self._shapes = shapes
-        self._common = None
+        self._common = self._common_prefix = None
         self._moving = threading.RLock()
         first = shapes[0]
         self.num_layers = num_layers
@@ -266,6 +268,17 @@ class KVCache(KVCacheManager):
                 pools.append((f"layer{layer}.{name}", pool, arrays.group))
         return pools
 
+    @contextlib.contextmanager
+    def _contents(self) -> Iterator[Mover]:
+        """Hold still what the blocks hold, for who moves it: no block is taken meanwhile."""
+        with self._moving:
+            if self._mirror is None:
+                yield HostMover()
+                return
+            with self._mirror.lock:
+                self._mirror.copy_blocks(self._pools_of)
+            yield self._mirror.mover
+
     def _construction(self) -> dict[str, Any]:
         """What `snapshot.construct` makes such a cache of; JSON can hold it."""
         groups = [
@@ -283,10 +296,9 @@ class KVCache(KVCacheManager):
         ]
         scales: Any = next((shape.scales for shape in self._shapes if shape.scales), None)
         if scales == "head":
-            pairs = [(layer.k_scale, layer.v_scale) for layer in self._layers]
             scales = [
-                None if key is None else [np.asarray(scale).tolist() for scale in (key, value)]
-                for key, value in pairs
+                None if pair is None else [np.asarray(scale).tolist() for scale in pair]
+                for pair in (layer.head_scales for layer in self._layers)
             ]
         return {
             "num_layers": self.num_layers,
@@ -352,9 +364,10 @@ class KVCache(KVCacheManager):
         k_scale = as_head_scale(k_scale, shape.num_kv_heads, "k_scale")
         if not shape.latent:
             v_scale = as_head_scale(v_scale, shape.num_kv_heads, "v_scale")
+        pair = (k_scale, v_scale)
         if self._mirror is not None:
             k_scale, v_scale = self._mirror.on_device(k_scale), self._mirror.on_device(v_scale)
-        pools.k_scale, pools.v_scale = k_scale, v_scale
+        pools.head_scales, pools.k_scale, pools.v_scale = pair, k_scale, v_scale
 
     def calibrate(self, layer: int, key: Array, value: Array | None) -> None:
         """Set the scales of a layer so that the largest element of these tokens is the type's.
@@ -364,7 +377,8 @@ class KVCache(KVCacheManager):
         layer : int
             Index of the model's layer.
         key, value : array ``[num_tokens, num_kv_heads, head_dim]``
-            Some typical tokens, as for `write`; larger elements are saturated later.
+            Some typical tokens, as for `write`; larger elements are saturated later. Of arrays on a
+            device the result is waited for.
 
         Raises
         ------
@@ -372,7 +386,11 @@ class KVCache(KVCacheManager):
             As `set_scales` and `rocmforge.ops.calibrate`.
         """
         dtype = self._shapes[self._layer(layer).group].dtype
-        self.set_scales(layer, *ops.calibrate(key, value, dtype))
+        self.set_scales(layer, *ops.calibrate(key, value, dtype, stream=self._stream_of(key)))
+
+    def _stream_of(self, array: Any) -> Any:
+        """The stream for an operation on an array that may be in host memory."""
+        return None if isinstance(array, np.ndarray) else self.stream
 
     def block_data(self, layer: int, block_id: int) -> tuple[Any, Any]:
         """The keys and values of one block of a layer: two views of the shape of a block.
@@ -404,10 +422,10 @@ class KVCache(KVCacheManager):
         """
         with self._moving:
             batch = super().append(sequence_ids, num_tokens, token_ids, out=out)
-            self._common = None
+            self._common = self._common_prefix = None
             if self._mirror is not None:
-                self._mirror.note(batch)
-                with contextlib.suppress(DeviceError):
+                with self._mirror.lock, contextlib.suppress(DeviceError):
+                    self._mirror.note(batch)
                     self._mirror.update(self.groups, batch, self._pools_of)
                 return batch
             for group, part in enumerate(batch.groups):
@@ -443,23 +461,22 @@ class KVCache(KVCacheManager):
         """
         pools = self._layer(layer)
         self._check_writable_batch(batch)
-        slots: Any = batch.groups[pools.group].slot_mapping
+        options = {
+            "k_scale": pools.k_scale,
+            "v_scale": pools.v_scale,
+            "layout": self.layout,
+            "stream": self.stream,
+        }
         mirror = self._mirror
-        if mirror is not None:
-            mirror.update(self.groups, batch, self._pools_of)
+        if mirror is None:
+            slots: Any = batch.groups[pools.group].slot_mapping
+            ops.write_kv(key, value, pools.keys, pools.values, slots, **options)
+        else:
             key, value = mirror.on_device(key), mirror.on_device(value)
-            slots = mirror.slot_mapping(batch, pools.group)
-        ops.write_kv(
-            key,
-            value,
-            pools.keys,
-            pools.values,
-            slots,
-            k_scale=pools.k_scale,
-            v_scale=pools.v_scale,
-            layout=self.layout,
-            stream=self.stream,
-        )
+            with mirror.lock:
+                mirror.update(self.groups, batch, self._pools_of)
+                slots = mirror.slot_mapping(batch, pools.group)
+                ops.write_kv(key, value, pools.keys, pools.values, slots, **options)
         pools.written = True
         self._mark_written(batch, layer, self.num_layers)
 
@@ -513,7 +530,6 @@ class KVCache(KVCacheManager):
         pools = self._layer(layer)
         self._check_batch(batch)
         options: dict[str, Any] = {
-            "rows": batch.rows,
             "scale": scale,
             "window_size": pools.window_size,
             "softcap": softcap,
@@ -526,51 +542,78 @@ class KVCache(KVCacheManager):
             "max_seq_len": batch.max_seq_len,
             "deterministic": deterministic,
             "layout": self.layout,
-            "out": out,
             "return_lse": return_lse,
+            "stream": self.stream,
         }
         if self._mirror is not None:
-            return self._attend_there(self._mirror, pools, query, batch, options)
-        arrays = (
-            query,
-            pools.keys,
-            pools.read_values,
-            batch.groups[pools.group].block_table,
-            batch.seq_lens,
-            batch.cu_seqlens_q,
-        )
-        if not deterministic and pools.group == 0:
-            if self._common is None:
-                self._common = batch.num_common_blocks
-            if is_worthwhile(
-                self._common * self.kernel_block_size, batch, pools.window_size, alibi_slopes
-            ):
-                return attend_with_prefix(self._common, *arrays, **options)
-        return ops.paged_attention(*arrays, **options)
+            return self._attend_there(self._mirror, pools, query, batch, out, options)
+        table = batch.groups[pools.group].block_table
+        options |= {"rows": batch.rows, "out": out}
+        return self._attend(batch, pools, query, table, batch.seq_lens, batch.cu_seqlens_q, options)
+
+    def _attend(
+        self,
+        batch: Batch,
+        pools: LayerPools,
+        query: Any,
+        table: Any,
+        seq_lens: Any,
+        cu_seqlens_q: Any,
+        options: dict[str, Any],
+    ) -> Any:
+        """Attention, in two parts where that is allowed and pays."""
+        caches = (pools.keys, pools.read_values)
+        prefix = None
+        if not options["deterministic"] and pools.group == 0:
+            prefix = self._worthwhile_prefix(batch, pools, options["alibi_slopes"])
+        if prefix is not None:
+            return attend_with_prefix(prefix, query, *caches, table, cu_seqlens_q, **options)
+        return ops.paged_attention(query, *caches, table, seq_lens, cu_seqlens_q, **options)
+
+    def _worthwhile_prefix(
+        self, batch: Batch, pools: LayerPools, alibi_slopes: Any
+    ) -> CommonPrefix | None:
+        """What all sequences of the newest batch share, if reading it once pays."""
+        if self._mirror is not None and self._mirror.is_capturing():
+            return None  # the graph serves batches that share less, too
+        if self._common is None:
+            self._common = batch.num_common_blocks
+        size = self.kernel_block_size
+        if not is_worthwhile(self._common * size, batch, pools.window_size, alibi_slopes):
+            return None
+        if self._common_prefix is None:
+            prefix = CommonPrefix.of(batch, self._common, size)
+            if self._mirror is not None:
+                prefix = self._mirror.common_prefix(prefix)
+            self._common_prefix = prefix
+        return self._common_prefix
 
     def _attend_there(
-        self, mirror: Mirror, pools: LayerPools, query: Any, batch: Batch, options: dict[str, Any]
+        self,
+        mirror: Mirror,
+        pools: LayerPools,
+        query: Any,
+        batch: Batch,
+        out: Any,
+        options: dict[str, Any],
     ) -> Any:
         """`attend` on a device, whose arrays take the places of the batch's own."""
-        mirror.update(self.groups, batch, self._pools_of)
-        out = options["out"]
         on_host = isinstance(query, np.ndarray)
         for name in ("alibi_slopes", "sinks", "mask"):
             options[name] = mirror.on_device(options[name])
-        options |= {
-            "rows": mirror.rows(batch),
-            "out": None if on_host else out,
-            "stream": self.stream,
-        }
-        result: Any = ops.paged_attention(
-            mirror.on_device(query),
-            pools.keys,
-            pools.read_values,
-            mirror.tables[pools.group],
-            mirror.seq_lens(batch),
-            mirror.cu_seqlens_q(batch),
-            **options,
-        )
+        query = mirror.on_device(query)
+        with mirror.lock:
+            mirror.update(self.groups, batch, self._pools_of)
+            options |= {"rows": mirror.rows(batch), "out": None if on_host else out}
+            result = self._attend(
+                batch,
+                pools,
+                query,
+                mirror.tables[pools.group],
+                mirror.seq_lens(batch),
+                mirror.cu_seqlens_q(batch),
+                options,
+            )
         if not on_host:
             return result
         if options["return_lse"]:
@@ -578,10 +621,6 @@ class KVCache(KVCacheManager):
         return mirror.on_host(result, out)
 
     # ---- keeping ----
-
-    def _in_host_memory(self, what: str) -> None:
-        if self._mirror is not None:
-            raise DeviceError(f"{what}: not built yet for a cache on {self.device}")
 
     def save(
         self,
@@ -621,7 +660,6 @@ class KVCache(KVCacheManager):
         While it runs, appends of other threads wait. On a terminal a progress bar appears after a
         second.
         """
-        self._in_host_memory("save")
         snapshot.save(self, path, sequences, with_data)
 
     @classmethod
@@ -636,8 +674,8 @@ class KVCache(KVCacheManager):
             Read the blocks' contents. Without, they are zeros and yours to fill in.
         options
             Arguments of the constructor that shall be others than they were: a larger
-            `num_blocks`, `device`, limits. One that tells what the blocks look like must be as it
-            was.
+            `num_blocks`, limits. One that tells what the blocks look like must be as it was.
+            `device` and `stream` are those of the new cache, whatever the saved one was on.
 
         Returns
         -------
@@ -648,13 +686,13 @@ class KVCache(KVCacheManager):
         SnapshotError
             If the file is cut short, damaged, not a snapshot, of a newer version, hostile, or of
             a cache that differs from what `options` say.
+        DeviceError
+            If the device is not there, has too little memory, or fails.
         OSError
             If it cannot be read.
         ImportError
             As `save`.
         """
-        if options.setdefault("device", "cpu") != "cpu":
-            raise DeviceError(f"load: not built yet for a cache on {options['device']}")
         return snapshot.load(cls, path, with_data, **options)
 
     def read_blocks(self, ids: Any, out: Array | None = None, *, group: int = 0) -> Array:
@@ -681,7 +719,6 @@ class KVCache(KVCacheManager):
         ValueError, TypeError
             If another argument is wrong.
         """
-        self._in_host_memory("read_blocks")
         return tiers.read_blocks(self, ids, out, group)
 
     def insert_prefix(
@@ -717,7 +754,6 @@ class KVCache(KVCacheManager):
             If `data` has another size, a number is out of range, or there is no place for one
             sequence more, which holds the blocks meanwhile (`max_sequences`).
         """
-        self._in_host_memory("insert_prefix")
         return tiers.insert_prefix(self, token_ids, data, salt, priority)
 
     def suspend(self, sequence_id: int) -> tiers.SuspendedSequence:
@@ -730,7 +766,6 @@ class KVCache(KVCacheManager):
         UnknownSequenceError
             If the sequence is not in the cache.
         """
-        self._in_host_memory("suspend")
         return tiers.suspend(self, sequence_id)
 
     def resume(self, sequence_id: int, buffer: tiers.SuspendedSequence) -> int:
@@ -753,7 +788,6 @@ class KVCache(KVCacheManager):
             If the id is in use, `max_sequences` are there already, or `buffer` is no sequence of
             such a cache.
         """
-        self._in_host_memory("resume")
         return tiers.resume(self, sequence_id, buffer)
 
     def __reduce__(self) -> Any:

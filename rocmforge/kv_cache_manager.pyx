@@ -371,6 +371,8 @@ cdef class KVCacheManager(SharedSequences):
         cdef BlockList *blocks
         for i in range(batch.num_sequences):
             item = &batch.items[i]
+            if group.window:
+                group.hide_released(item.row, item.start)
             if slots[0] != SLOTS_UNSET:  # most sequences of a decode step
                 slots += item.num_tokens
                 continue

@@ -50,20 +50,22 @@ class LayerPools:
     """One layer's arrays, as the operations take them."""
 
     group: int
-    keys: Array
-    values: Array | None
+    keys: Any
+    values: Any
     """None for a latent cache, which has keys alone."""
-    read_values: Array
+    read_values: Any
     """What attention reads: `values`, or the part of the keys."""
     k_scale: Any = None
     """None, a pool with a scale for each token and head, or a number or an array a head; also None
     while those are not known yet."""
     v_scale: Any = None
+    head_scales: tuple[float | Array, float | Array | None] | None = None
+    """The scales of heads in host memory, wherever the pools are."""
     window_size: tuple[int, int] = (-1, -1)
     written: bool = False
     """Whether scales must stay what they are."""
 
-    def each(self) -> Iterator[tuple[str, Array]]:
+    def each(self) -> Iterator[tuple[str, Any]]:
         """Whatever has one entry a kernel block and moves with it."""
         yield "key", self.keys
         if self.values is not None:

@@ -705,7 +705,12 @@ cdef class SharedSequences:
 
     cdef void release_window(self, int32_t row) noexcept:
         """Give back the blocks that the windows have passed, but for one block's worth of tokens
-        that a truncate may take back."""
+        that a truncate may take back.
+
+        The table shows them until the sequence's next batch, for the layer that was written last:
+        what attends to the batch that was committed still reads them, and nothing is written to
+        them before blocks are taken again.
+        """
         cdef int64_t length = self.sequences[row].committed - self.block_size
         cdef int32_t first, last
         cdef CacheGroup group
@@ -721,7 +726,6 @@ cdef class SharedSequences:
                                RF_KEEP_CACHED, self.sequences[row].priority)
             while first < last:
                 blocks.ids[first] = RF_NO_BLOCK
-                group.hide(row, first, first + 1)
                 first += 1
 
     def _constant_hash(self):

@@ -10,7 +10,8 @@ and every number is checked before anything is built from it. The file is writte
 name, synced, and renamed, so that at any moment there is the old one or the new one.
 
 Nothing is gathered in memory: blocks go from their place in the pool to the file, and back, a
-megabyte at a time, so that the checksum finds them in the processor's cache.
+piece at a time (`rocmforge.movement`), so that the checksum finds them in the processor's cache.
+Pools on a GPU make the same file.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +32,7 @@ from rocmforge.dtypes import resolve
 from rocmforge.errors import RocmForgeError, SnapshotError
 from rocmforge.kv_cache_manager import KVCacheManager
 from rocmforge.layer_group import LayerGroup
+from rocmforge.movement import HostMover, Mover, entry_nbytes
 from rocmforge.progress import Progress
 from rocmforge.saved_state import dump, restore
 from rocmforge.shared_sequences import OPTIONS
@@ -42,12 +44,10 @@ __all__ = ["load", "save"]
 
 FORMAT = "rocmforge-kv-cache"
 VERSION = 1
-CHUNK = 1 << 20  # bytes at a time
-MAX_PIECES = 512  # buffers at a time; Linux takes 1024
-READERS = 4  # threads: what takes long is the system's copying and its clearing of new memory
 # What a cache may have otherwise than when it was saved.
 LIMITS = {
     "max_sequences", "max_seq_len", "watermark", "max_pinned_blocks", "prefix_caching", "device",
+    "stream",
 }  # fmt: skip
 MAX_LAYERS = 10_000
 MAX_TABLE_NBYTES = 1 << 32
@@ -60,6 +60,10 @@ TAGS = {
 
 Array = npt.NDArray[Any]
 Cache = TypeVar("Cache", bound="KVCache")
+# Name; array with an entry for each block, or for whatever else; the entries; who moves them.
+_Tensor: TypeAlias = tuple[str, Any, Array, Mover]
+
+HOST = HostMover()
 
 
 def _packages() -> tuple[Any, Any]:
@@ -80,39 +84,10 @@ def _tag(dtype: np.dtype[Any]) -> str:
     return TAGS.get(dtype.name, "U8")  # a type that the format does not know goes as its bytes
 
 
-def _shape(array: Array) -> list[int]:
+def _shape(array: Any) -> list[int]:
     if array.dtype.name in TAGS or not array.ndim:
         return list(array.shape)
-    return [*array.shape[:-1], array.shape[-1] * array.itemsize]
-
-
-def _bytes(array: Array) -> memoryview:
-    """The memory of a contiguous array."""
-    if not array.flags.c_contiguous:
-        raise ValueError("snapshots: expected a pool whose blocks are contiguous")
-    return array.reshape(-1).view(np.uint8).data
-
-
-def _batches(memory: memoryview, entry: int, ids: Array) -> Iterator[list[memoryview]]:
-    """The entries of some ids, ascending, of `entry` bytes each: what goes in one call each."""
-    if not len(ids) or not entry:
-        return
-    begins = np.flatnonzero(np.diff(ids, prepend=ids[0] - 2) != 1)  # neighbours go together
-    begins = ids[begins] * entry
-    ends = (ids[np.append(np.flatnonzero(np.diff(ids) != 1), len(ids) - 1)] + 1) * entry
-    counts = -(-(ends - begins) // CHUNK)  # long runs go in pieces
-    steps = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins = np.repeat(begins, counts) + steps * CHUNK
-    ends = np.minimum(begins + CHUNK, np.repeat(ends, counts))
-    # a batch ends where the next piece would make it too large
-    sizes = np.cumsum(ends - begins)
-    begins, ends, first = begins.tolist(), ends.tolist(), 0
-    while first < len(begins):
-        before = int(sizes[first - 1]) if first else 0
-        last = int(np.searchsorted(sizes, before + CHUNK, "right"))
-        last = min(max(last, first + 1), first + MAX_PIECES)
-        yield [memory[i:j] for i, j in zip(begins[first:last], ends[first:last], strict=True)]
-        first = last
+    return [*array.shape[:-1], array.shape[-1] * array.dtype.itemsize]
 
 
 def _transfer(
@@ -153,16 +128,16 @@ def save(
 ) -> None:
     """Write a snapshot; see `KVCache.save`."""
     _, xxhash = _packages()
-    with cache._moving:  # blocks may be given back meanwhile, but none is taken and written to
+    with cache._contents() as mover:  # blocks may be given back, none is taken and written to
         numbers, arrays = dump(cache)
         if sequences is not None:
             numbers, arrays = _only(numbers, arrays, sequences)
-        tensors: list[tuple[str, Array, Array]] = [
-            (name, array, np.arange(len(array))) for name, array in arrays.items()
+        tensors: list[_Tensor] = [
+            (name, array, np.arange(len(array)), HOST) for name, array in arrays.items()
         ]
         if with_data:
             for name, pool, group in cache._pools():
-                tensors.append((f"data.{name}", pool, _saved_blocks(arrays, group)))
+                tensors.append((f"data.{name}", pool, _saved_blocks(arrays, group), mover))
         about = {
             "format": FORMAT,
             "version": str(VERSION),
@@ -191,15 +166,13 @@ def _only(
     return dump(manager)
 
 
-def _write(
-    file: int, about: dict[str, str], tensors: list[tuple[str, Array, Array]], xxhash: Any
-) -> None:
+def _write(file: int, about: dict[str, str], tensors: list[_Tensor], xxhash: Any) -> None:
     table: dict[str, Any] = {}
     offset = 0
-    for name, array, ids in tensors:
+    for name, array, ids, _ in tensors:
         shape = _shape(array)
         shape[0] = len(ids)
-        size = len(ids) * (array.nbytes // max(len(array), 1))
+        size = len(ids) * entry_nbytes([array])
         table[name] = {
             "dtype": _tag(array.dtype),
             "shape": shape,
@@ -214,10 +187,9 @@ def _write(
         os.posix_fallocate(file, 0, begin + offset)
     done = 0
     with Progress("saving", offset, delay=1.0) as progress:
-        for name, array, ids in tensors:
+        for name, array, ids, mover in tensors:
             checksum = xxhash.xxh3_128()
-            entry = array.nbytes // max(len(array), 1)
-            for batch in _batches(_bytes(array), entry, ids):
+            for batch in mover.outgoing(array, ids):
                 for piece in batch:
                     checksum.update(piece)
                 done += _transfer(os.pwritev, file, batch, begin + done)
@@ -345,7 +317,7 @@ class _Reader:
             raise SnapshotError(f"{name}: expected an object")
         return found
 
-    def read(self, name: str, target: Array, ids: Array) -> int:
+    def read(self, name: str, target: Any, ids: Array, mover: Mover = HOST) -> int:
         """Fill the entries `ids` of an array with a tensor of just that type and size.
 
         Returns the number of bytes. Several threads may read at once.
@@ -359,8 +331,7 @@ class _Reader:
             )
         offset = self._offsets[name]
         checksum = self._xxhash.xxh3_128()
-        entry = target.nbytes // max(len(target), 1)
-        for batch in _batches(_bytes(target), entry, ids):
+        for batch in mover.incoming(target, ids):
             offset += _transfer(os.preadv, self._file, batch, offset)
             for piece in batch:
                 checksum.update(piece)
@@ -422,10 +393,11 @@ def _read(cls: type[Cache], reader: _Reader, with_data: bool, options: dict[str,
     blocks = [_saved_blocks(arrays, group) for group in range(len(cache.groups))]
     with (
         Progress("loading", total, delay=1.0) as progress,
-        ThreadPoolExecutor(min(READERS, os.cpu_count() or 1)) as threads,
+        cache._contents() as mover,
+        ThreadPoolExecutor(min(mover.workers, os.cpu_count() or 1)) as threads,
     ):
         reads = [
-            threads.submit(reader.read, name, pool, blocks[group])
+            threads.submit(reader.read, name, pool, blocks[group], mover)
             for name, (pool, group) in pools.items()
         ]
         try:
@@ -435,6 +407,7 @@ def _read(cls: type[Cache], reader: _Reader, with_data: bool, options: dict[str,
         finally:
             for read in reads:
                 read.cancel()
+        mover.finish()
     return cache
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rocmforge.errors import InvalidBlockError
+from rocmforge.movement import entry_nbytes
 from rocmforge.placement import describe, is_placed, num_resets, place, publish
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["SuspendedSequence", "insert_prefix", "read_blocks", "resume", "suspend"]
 
 FILLING = 0xF111ED << 40  # sequences that hold blocks while they are filled have ids from here on
-CHUNK = 64  # blocks at a time, so that what is gathered stays in the processor's cache
 
 Array = npt.NDArray[Any]
 
@@ -55,24 +55,9 @@ class SuspendedSequence:
         return sum(rows.nbytes for rows in self.data)
 
 
-def _rows(pool: Array) -> Array:
-    """A pool as bytes, ``[num_blocks, nbytes]``; a view."""
-    return pool.reshape(len(pool), -1).view(np.uint8)
-
-
-def _parts(cache: KVCache, group: int) -> list[tuple[slice, Array]]:
-    """Where in a group's row each of its pools is, and the pool as bytes."""
-    parts, begin = [], 0
-    for _, pool, owner in cache._pools():
-        if owner == group:
-            rows = _rows(pool)
-            parts.append((slice(begin, begin + rows.shape[1]), rows))
-            begin += rows.shape[1]
-    return parts
-
-
-def _nbytes(cache: KVCache, group: int) -> int:
-    return int(_parts(cache, group)[-1][0].stop)
+def _pools(cache: KVCache, group: int) -> list[Any]:
+    """The pools of a group, in the order of a row."""
+    return [pool for _, pool, owner in cache._pools() if owner == group]
 
 
 def _kind(cache: KVCache) -> tuple[Any, ...]:
@@ -100,8 +85,8 @@ def read_blocks(cache: KVCache, ids: Any, out: Array | None = None, group: int =
     num_blocks = cache.groups[group].allocator.num_blocks
     for block in blocks[(blocks < 0) | (blocks >= num_blocks)]:
         raise InvalidBlockError(f"block {block}: expected 0 .. {num_blocks - 1}")
-    parts = _parts(cache, group)
-    shape = (len(blocks), _nbytes(cache, group))
+    pools = _pools(cache, group)
+    shape = (len(blocks), entry_nbytes(pools))
     if out is None:
         out = np.empty(shape, np.uint8)
     elif not isinstance(out, np.ndarray):
@@ -110,20 +95,9 @@ def read_blocks(cache: KVCache, ids: Any, out: Array | None = None, group: int =
         raise ValueError(f"out: expected uint8 {shape}, got {out.dtype} {out.shape}")
     elif not out.flags.writeable:
         raise ValueError("out: expected a writable array")
-    with cache._moving:
-        for begin in range(0, len(blocks), CHUNK):
-            some = blocks[begin : begin + CHUNK]
-            for where, rows in parts:
-                out[begin : begin + CHUNK, where] = rows[some]
+    with cache._contents() as mover:
+        mover.read(pools, blocks, out)
     return out
-
-
-def _fill(parts: list[tuple[slice, Array]], blocks: Array, data: Array) -> None:
-    """Write rows of bytes ``[n, nbytes]`` to blocks ``[n]``."""
-    for begin in range(0, len(blocks), CHUNK):
-        some = blocks[begin : begin + CHUNK]
-        for where, rows in parts:
-            rows[some] = data[begin : begin + CHUNK, where]
 
 
 def _as_row(data: Any, nbytes: int, index: int) -> Array:
@@ -138,16 +112,16 @@ def _as_row(data: Any, nbytes: int, index: int) -> Array:
 
 
 def _as_blocks(data: Any, count: int, nbytes: int) -> Iterator[Array]:
-    """Exactly `count` blocks' bytes, as they come."""
+    """Exactly `count` blocks' bytes, as they come: some ``[n, nbytes]`` at a time."""
     if isinstance(data, np.ndarray):
         if data.dtype != np.uint8 or data.shape != (count, nbytes):
             raise ValueError(
                 f"data: expected uint8 {(count, nbytes)}, got {data.dtype} {data.shape}"
             )
-        return iter(data)
+        return iter([data])
     if isinstance(data, bytes | bytearray | memoryview):
         flat = _as_row(data, count * nbytes, 0)
-        return iter(flat.reshape(count, nbytes))
+        return iter([flat.reshape(count, nbytes)])
     if not isinstance(data, Iterable):
         raise TypeError(f"data: expected an array or buffers, got {type(data).__name__}")
     return _each(iter(data), count, nbytes)
@@ -159,15 +133,15 @@ def _each(data: Iterator[Any], count: int, nbytes: int) -> Iterator[Array]:
             item = next(data)
         except StopIteration:
             raise ValueError(f"data: expected {count} blocks, got {i}") from None
-        yield _as_row(item, nbytes, i)
+        yield _as_row(item, nbytes, i)[None]
 
 
 def insert_prefix(
     cache: KVCache, token_ids: Any, data: Any, salt: bytes | str | None = None, priority: int = 0
 ) -> int:
     """See `KVCache.insert_prefix`."""
-    parts = [_parts(cache, group) for group in range(len(cache.groups))]
-    sizes = [_nbytes(cache, group) for group in range(len(cache.groups))]
+    pools = [_pools(cache, group) for group in range(len(cache.groups))]
+    sizes = [entry_nbytes(some) for some in pools]
     tokens = np.asarray(token_ids)
     count = tokens.size // cache.block_size
     length = count * cache.block_size
@@ -185,16 +159,19 @@ def insert_prefix(
             cache, sequence, tokens[:length], salt, priority, length, length, firsts, True, False
         )
     try:
-        for i, row in enumerate(blocks):  # the caller's code may run here: no lock is held
-            with cache._moving:
+        i = 0
+        for rows in blocks:  # the caller's code may run here: no lock is held
+            with cache._contents() as mover:
                 if not is_placed(cache, sequence, version):
                     raise ValueError("token_ids: the blocks were freed while they were filled")
-                begin = 0
+                begin, end = 0, i + len(rows)
                 for group, size in enumerate(sizes):
-                    if i >= max(found, firsts[group]):
-                        some = row[None, begin : begin + size]
-                        _fill(parts[group], lists[group][i : i + 1], some)
+                    new = max(i, found, firsts[group])  # those before are there, or not needed
+                    if new < end:
+                        some = rows[new - i :, begin : begin + size]
+                        mover.write(pools[group], lists[group][new:end], some)
                     begin += size
+                i = end
         publish(cache, sequence, version)
     finally:
         if is_placed(cache, sequence, version):
@@ -204,7 +181,7 @@ def insert_prefix(
 
 def suspend(cache: KVCache, sequence_id: int) -> SuspendedSequence:
     """See `KVCache.suspend`."""
-    with cache._moving:
+    with cache._contents():
         found = describe(cache, sequence_id)
         firsts, data = [], []
         for group, blocks in enumerate(found["blocks"]):
@@ -234,10 +211,10 @@ def resume(cache: KVCache, sequence_id: int, buffer: SuspendedSequence) -> int:
         raise ValueError("buffer: it was suspended by a cache whose blocks are others")
     count = -(-buffer.length // cache.block_size)
     for group, rows in enumerate(buffer.data):
-        shape = (count - buffer.firsts[group], _nbytes(cache, group))
+        shape = (count - buffer.firsts[group], entry_nbytes(_pools(cache, group)))
         if rows.shape != shape or rows.dtype != np.uint8:
             raise ValueError(f"buffer: expected uint8 {shape}, got {rows.dtype} {rows.shape}")
-    with cache._moving:
+    with cache._contents() as mover:
         shares = buffer.generation == _generation(cache, num_resets(cache))
         found, lists, version = place(
             cache,
@@ -251,8 +228,13 @@ def resume(cache: KVCache, sequence_id: int, buffer: SuspendedSequence) -> int:
             shares,
             buffer.started,
         )
-        for group, rows in enumerate(buffer.data):
-            new = max(found, buffer.firsts[group])
-            _fill(_parts(cache, group), lists[group][new:], rows[new - buffer.firsts[group] :])
+        try:
+            for group, rows in enumerate(buffer.data):
+                new = max(found, buffer.firsts[group])
+                rows = rows[new - buffer.firsts[group] :]
+                mover.write(_pools(cache, group), lists[group][new:], rows)
+        except BaseException:  # a device that fails: nobody shall find what is not there
+            cache.free(sequence_id)
+            raise
         publish(cache, sequence_id, version)
     return found * cache.block_size

@@ -17,9 +17,15 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", ["rocmforge", *MODULES])
 def test_docstring_examples(name: str) -> None:
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not name.startswith("rocmforge.integrations."):
+            raise
+        pytest.skip(str(error))
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
     report: list[str] = []
-    for example in doctest.DocTestFinder().find(importlib.import_module(name)):
+    for example in doctest.DocTestFinder().find(module):
         runner.run(example, out=report.append)
     assert runner.summarize(verbose=False).failed == 0, "".join(report)
 

@@ -17,7 +17,7 @@ from ops_cases import (
     assert_lse_close,
     bits,
 )
-from rocmforge import KVCache, LayerGroup, reference
+from rocmforge import KVCache, LayerGroup, ops, reference
 from rocmforge.errors import DeviceError, InvalidBlockError
 from rocmforge.ops import calibrate
 
@@ -375,7 +375,9 @@ def test_common_prefix(dtype, monkeypatch):
     monkeypatch.setattr(
         rocmforge.kv_cache,
         "attend_with_prefix",
-        lambda n, *args, **kwargs: calls.append(n) or original(n, *args, **kwargs),
+        lambda prefix, *args, **kwargs: (
+            calls.append(prefix.num_blocks) or original(prefix, *args, **kwargs)
+        ),
     )
     model = Model(
         KVCache(**ONE | {"num_blocks": 300}, dtype=dtype), BFLOAT16 if dtype == FLOAT8 else None
@@ -433,3 +435,40 @@ def test_out_and_bits_by_default(monkeypatch):
     result = cache.attend(0, query, batch, out, deterministic=False)
     assert result is out
     np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_the_layer_that_is_written_last_sees_its_whole_window():
+    """Its write commits the batch, and the window gives up blocks that earlier queries see."""
+    rng = np.random.default_rng(0)
+    key, value, query = rng.standard_normal((3, 60, 2, 8), np.float32)
+    results = []
+    for window in (6, None):
+        cache = KVCache(
+            num_layers=1,
+            num_kv_heads=2,
+            head_dim=8,
+            dtype="float32",
+            block_size=4,
+            device="cpu",
+            groups=[LayerGroup(num_blocks=64, window=window, layers=[0])],
+        )
+        cache.add_sequence(0)
+        batch = cache.append([0], 60)
+        cache.write(0, key, value, batch)
+        assert batch.committed
+        results.append((cache, batch, cache.attend(0, query, batch)))
+    cache, batch, _ = results[1]
+    want = ops.paged_attention(
+        query,
+        cache.k_cache(0),
+        cache.v_cache(0),
+        batch.block_table,
+        batch.seq_lens,
+        batch.cu_seqlens_q,
+        window_size=(5, -1),
+    )
+    np.testing.assert_array_equal(results[0][2], want)
+    cache = results[0][0]
+    batch = cache.append([0], 1)
+    assert (batch.block_table[0, :12] == -1).all()  # hidden with the next batch
+    cache.check_integrity()

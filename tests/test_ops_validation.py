@@ -751,6 +751,32 @@ def test_set_num_threads_rejects(n, error, message):
     assert get_num_threads() == before
 
 
+@pytest.mark.parametrize(
+    ("processors", "error", "message"),
+    [
+        ([0, 1024], ValueError, "processors must be 0 to 1023, got 1024"),
+        ([-1], ValueError, "processors must be 0 to 1023, got -1"),
+        ([0.5], TypeError, "'float' object cannot be interpreted as an integer"),
+        (3, TypeError, "not iterable"),
+    ],
+)
+def test_set_num_threads_rejects_processors(processors, error, message):
+    before = get_num_threads()
+    with pytest.raises(error, match=message):
+        set_num_threads(before + 1, processors=processors)
+    assert get_num_threads() == before
+
+
+def test_threads_on_given_processors(threads):
+    """Other threads than the caller's are where they are told, whatever they are told."""
+    allowed = os.sched_getaffinity(0)
+    problem = make(FLOAT32, [3000] * 8, heads=(8, 8))
+    want = problem.call(paged_attention)
+    for processors in ({min(allowed)}, allowed, {1023}, None):
+        threads(3, processors=processors)
+        np.testing.assert_array_equal(bits(problem.call(paged_attention)), bits(want))
+
+
 def test_isas():
     assert _cpu.isa() in _cpu.available_isas()
     assert "portable" in _cpu.available_isas()  # last, but for emulated ones

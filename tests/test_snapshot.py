@@ -70,7 +70,7 @@ RESTART = """
 import json, sys
 import numpy as np
 from rocmforge import KVCache
-cache = KVCache.load(sys.argv[1])
+cache = KVCache.load(sys.argv[1], device="cpu")
 cache.check_integrity()
 tokens = json.loads(sys.argv[2])
 found = cache.add_sequence(1, tokens)

@@ -72,8 +72,7 @@ def test_writes_and_blocks_are_seen_by_numpy(kv_dtype):
     scales, same_scales = ({}, {})
     if kv_dtype is not None:
         scales, same_scales = (
-            {name: np.zeros((6, 2, 4), np.float32) for name in ("k_scale", "v_scale")}
-            for _ in "ab"
+            {name: np.zeros((6, 2, 4), np.float32) for name in ("k_scale", "v_scale")} for _ in "ab"
         )
     ops.write_kv(key, value, *pools, slots, **scales)
     there = [tensor(pool) for pool in same]
@@ -146,7 +145,11 @@ def test_errors_name_the_argument():
 
 def operator_calls():
     problem = tensors(problem_of(FLOAT32))
-    arguments = (problem.query, problem.k_cache.nan_to_num(1, 1, 1), problem.v_cache.nan_to_num(1, 1, 1))
+    arguments = (
+        problem.query,
+        problem.k_cache.nan_to_num(1, 1, 1),
+        problem.v_cache.nan_to_num(1, 1, 1),
+    )
     arguments += (problem.block_table, problem.seq_lens, problem.cu_seqlens_q)
     options = {
         "sinks": torch.zeros(6),
@@ -217,7 +220,10 @@ def test_a_compiled_graph_is_whole(dtype, dynamic):
         lens = torch.arange(num_seqs, dtype=torch.int32) + 1
         slots = table[:, 0].long() * 4 + lens - 1
         caches = [
-            [torch.zeros(2 * num_seqs, 1, 4, 16, dtype=tensor(np.empty(0, dtype)).dtype) for _ in "kv"]
+            [
+                torch.zeros(2 * num_seqs, 1, 4, 16, dtype=tensor(np.empty(0, dtype)).dtype)
+                for _ in "kv"
+            ]
             for _ in "ab"
         ]
         want = step(query, key, *caches[0], slots, table, lens, scale)
@@ -239,9 +245,7 @@ def test_a_gradient_is_refused_not_forgotten():
     problem = tensors(problem_of(FLOAT32))
     query = problem.query.clone().requires_grad_()
     out = problem.but(query=query).call(rt.paged_attention)
-    np.testing.assert_array_equal(
-        out.detach().numpy(), problem.call(rt.paged_attention).numpy()
-    )
+    np.testing.assert_array_equal(out.detach().numpy(), problem.call(rt.paged_attention).numpy())
     with pytest.raises(NotImplementedError, match="rocmforge computes no gradients"):
         out.sum().backward()
 

@@ -1,6 +1,6 @@
 """AMD GPUs through the HIP runtime. Nothing is loaded before something here is used."""
 
-from rocmforge.hip._array import DeviceArray, empty, from_numpy, zeros
+from rocmforge.hip._array import DeviceArray, empty, from_dlpack, from_numpy, zeros
 from rocmforge.hip._driver import (
     Device,
     Event,
@@ -25,6 +25,7 @@ __all__ = [
     "default_device",
     "device_count",
     "empty",
+    "from_dlpack",
     "from_numpy",
     "get_device",
     "synchronize",

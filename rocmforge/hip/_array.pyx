@@ -10,11 +10,12 @@ cimport numpy as cnp
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_New
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
-from libc.stdint cimport int64_t, uintptr_t
+from libc.stdint cimport int64_t, uint64_t, uintptr_t
 
 from rocmforge.hip._driver cimport Device, Memory, fill_bytes, stream_handle
 from rocmforge.ops._arrays cimport (
-    array_at, dlpack_array, dlpack_type, rf_dl_managed, rf_dl_tensor, rf_dl_versioned)
+    array_at, dlpack_array, dlpack_type, exchange_of, rf_dl_exchange, rf_dl_managed, rf_dl_tensor,
+    rf_dl_versioned, tensor_array, writable)
 
 import numpy as np
 
@@ -23,7 +24,11 @@ from rocmforge.hip._driver import copy_async, get_device, synchronize
 cnp.import_array()
 
 cdef extern from "rf/dlpack.h" nogil:
+    enum: RF_DL_CPU
+    enum: RF_DL_CUDA_HOST
     enum: RF_DL_ROCM
+    enum: RF_DL_ROCM_HOST
+    uint64_t RF_DL_READ_ONLY
 
 
 cdef struct _Exported:
@@ -59,8 +64,9 @@ cdef void _forget(object capsule) noexcept:
 cdef class DeviceArray:
     """A tensor in the memory of a HIP device.
 
-    Made by `empty`, `zeros` or `from_numpy`; goes to other libraries by DLPack without a copy
-    (`torch.from_dlpack(array)`). Work on it is ordered by the streams that the caller uses.
+    Made by `empty`, `zeros`, `from_numpy` or `from_dlpack`; goes to other libraries by DLPack
+    without a copy (`torch.from_dlpack(array)`). Work on it is ordered by the streams that the
+    caller uses.
 
     Attributes
     ----------
@@ -72,7 +78,8 @@ cdef class DeviceArray:
     """
 
     def __init__(self, *args, **kwargs):
-        raise TypeError("a DeviceArray is made by empty, zeros or from_numpy of rocmforge.hip")
+        raise TypeError("a DeviceArray is made by empty, zeros, from_numpy or from_dlpack of "
+                        "rocmforge.hip")
 
     @property
     def shape(self):
@@ -142,7 +149,7 @@ cdef class DeviceArray:
         bounds = np.lib.array_utils.byte_bounds(self._array) if self.nbytes else (0, 0)
         buffer = np.empty(bounds[1] - bounds[0], np.uint8)
         copy_async(buffer.ctypes.data, bounds[0], buffer.nbytes, stream, self.device)
-        synchronize(stream)
+        synchronize(stream, self.device)
         if self.nbytes == 0:
             return np.empty(self.shape, self.dtype)
         view = np.ndarray(self.shape, self.dtype, buffer, self.address - bounds[0], self.strides)
@@ -162,6 +169,7 @@ cdef class DeviceArray:
                              f"{array.dtype} {list(array.shape)}")
         if not cnp.PyArray_IS_C_CONTIGUOUS(self._array):
             raise ValueError(f"copy_from: expected a C-contiguous target, got {self.strides}")
+        writable(self._array, "copy_from: the target")
         if isinstance(array, DeviceArray):
             if not cnp.PyArray_IS_C_CONTIGUOUS((<DeviceArray>array)._array):
                 raise ValueError(f"copy_from: expected a C-contiguous source, got {array.strides}")
@@ -188,10 +196,13 @@ cdef class DeviceArray:
             raise BufferError(f"the array is on {self.device}, not on DLPack device {dl_device}")
         if self.ndim > 8:
             raise BufferError("a DLPack export has at most 8 dimensions")
+        cdef bint versioned = max_version is not None and tuple(max_version) >= (1, 0)
+        cdef bint read_only = not cnp.PyArray_ISWRITEABLE(self._array)
+        if read_only and not versioned:
+            raise BufferError("the array is read-only, which DLPack says from version 1 on")
         cdef _Exported *e = <_Exported *>PyMem_Malloc(sizeof(_Exported))
         if e == NULL:
             raise MemoryError()
-        cdef bint versioned = max_version is not None and tuple(max_version) >= (1, 0)
         cdef rf_dl_tensor *t = &e.versioned.tensor if versioned else &e.plain.tensor
         cdef int i
         t.data = cnp.PyArray_DATA(self._array)
@@ -213,7 +224,7 @@ cdef class DeviceArray:
         if versioned:
             e.versioned.major, e.versioned.minor = 1, 0
             e.versioned.context, e.versioned.deleter = e, _delete_versioned
-            e.versioned.flags = 0
+            e.versioned.flags = RF_DL_READ_ONLY if read_only else 0
             return PyCapsule_New(&e.versioned, "dltensor_versioned", _forget)
         e.plain.context, e.plain.deleter = e, _delete_plain
         return PyCapsule_New(&e.plain, "dltensor", _forget)
@@ -250,6 +261,33 @@ def zeros(shape, dtype, device=0, stream=None):
     return result
 
 
+def from_dlpack(array, stream=None):
+    """Describe a tensor of another library (PyTorch, CuPy, JAX) that is on a device; no copy.
+
+    Elements that the library holds as bytes, as float8 often are, get their type by `view`:
+    ``from_dlpack(pool).view("float8_e4m3fnuz")`` is a cache for `rocmforge.ops`.
+
+    Parameters
+    ----------
+    array : object with ``__dlpack__`` and ``__dlpack_device__``
+    stream : optional
+        Work on it waits for the array's own earlier work, if the library cares for that.
+
+    Raises
+    ------
+    ValueError, TypeError
+        It is not on a HIP device, or of a type that no argument of an operation can have.
+    """
+    cdef int index = device_of(array)
+    if index < 0:
+        raise ValueError(f"array must be on a HIP device, got {type(array).__name__}")
+    cdef DeviceArray result = DeviceArray.__new__(DeviceArray)
+    result.device = get_device(index)
+    result._array = on_device(array, "array", result.device, <uintptr_t>stream_handle(stream))
+    result._owner = result._array
+    return result
+
+
 def from_numpy(array, device=0, stream=None):
     """Copy a NumPy array to a new one on a device."""
     array = np.ascontiguousarray(array)
@@ -260,24 +298,47 @@ cdef int device_of(object x) except -2:
     """Index of the HIP device that an array is on; -1: it is not on any."""
     if isinstance(x, DeviceArray):
         return (<DeviceArray>x).device.index
+    cdef const rf_dl_exchange *api = exchange_of(x)
+    cdef rf_dl_tensor t
+    if api != NULL:
+        api.describe(<void *>x, &t)
+        return t.device_id if t.device_type == RF_DL_ROCM else -1
     if isinstance(x, cnp.ndarray) or not hasattr(x, "__dlpack_device__"):
         return -1
     kind, index = x.__dlpack_device__()
     return int(index) if int(kind) == RF_DL_ROCM else -1
 
 
+cdef str _where(object x):
+    if isinstance(x, cnp.ndarray) or not hasattr(x, "__dlpack_device__"):
+        return "in host memory"
+    kind, index = x.__dlpack_device__()
+    if int(kind) in (RF_DL_CPU, RF_DL_CUDA_HOST, RF_DL_ROCM_HOST):
+        return "in host memory"
+    return f"on hip:{index}" if int(kind) == RF_DL_ROCM else f"on DLPack device type {int(kind)}"
+
+
 cdef cnp.ndarray on_device(object x, str name, Device device, size_t stream):
     """Any array on the device, described; work on `stream` comes after the array's."""
     if isinstance(x, DeviceArray) and (<DeviceArray>x).device is device:
         return (<DeviceArray>x)._array
+    cdef const rf_dl_exchange *api = exchange_of(x)
+    cdef rf_dl_tensor t
+    cdef void *current = NULL
+    if api != NULL:
+        api.describe(<void *>x, &t)
+        # On the stream that the library itself works on, nothing needs to wait for anything.
+        if t.device_type == RF_DL_ROCM and t.device_id == device.index and api.current_stream:
+            api.current_stream(RF_DL_ROCM, device.index, &current)
+            if current == <void *>stream:
+                return tensor_array(&t, name, cnp.NPY_ARRAY_WRITEABLE, x)
     if not hasattr(x, "__dlpack__"):
         raise TypeError(f"{name} must be an array with __dlpack__ on {device}, got "
                         f"{type(x).__name__}")
     cdef int index = device_of(x)
     if index != device.index:
-        where = "host memory" if index < 0 else f"hip:{index}"
         raise ValueError(f"{name} must be on {device}, as query or key is, got a "
-                         f"{type(x).__name__} in {where}")
+                         f"{type(x).__name__} {_where(x)}")
     try:
         capsule = x.__dlpack__(max_version=(1, 0), stream=stream)
     except TypeError:  # a producer from before DLPack 1.0

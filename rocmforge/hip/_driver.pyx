@@ -10,6 +10,10 @@ the pointer comes from the library that hip-python loaded, and launches go throu
 from cpython.pycapsule cimport PyCapsule_GetName, PyCapsule_GetPointer
 from libc.stdint cimport uintptr_t
 
+cimport numpy as cnp
+
+from rocmforge.ops._arrays cimport array_at
+
 import ctypes
 import os
 from importlib.resources import files
@@ -18,6 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from rocmforge.errors import DeviceError
+
+cnp.import_array()
+
+cdef cnp.dtype _U8 = np.dtype(np.uint8)
 
 # hip-python's functions return 3 with a Python exception set when the HIP library does not load.
 ctypedef int (*_count_t)(int *) except? 3 nogil
@@ -551,8 +559,7 @@ cdef class Memory:
         """Pinned memory as uint8 [nbytes]: a view, which keeps the memory."""
         if not self.pinned:
             raise ValueError("numpy: expected pinned memory; the host cannot read a device's")
-        return np.asarray(<unsigned char[:self.nbytes]>self.data) if self.nbytes else \
-            np.empty(0, np.uint8)
+        return array_at(self.data, (self.nbytes,), _U8, self)
 
 
 def copy_async(to, source, size_t nbytes, stream=None, Device device=None):
@@ -646,9 +653,7 @@ cdef class Stream:
 
     def is_capturing(self):
         """Whether a graph is being captured from the stream."""
-        cdef int status = 0
-        _check(_hip.is_capturing(self.handle, &status), "hipStreamIsCapturing")
-        return status != 0
+        return is_capturing(self)
 
     def begin_capture(self):
         """Record what the stream is given into a graph, from now on."""
@@ -687,13 +692,15 @@ cdef class Graph:
 
 
 cdef class Event:
-    """A point in a stream's work that others wait for."""
+    """A point in the work of a stream of its device that others wait for."""
 
     cdef void *handle
+    cdef readonly Device device
 
     def __cinit__(self, device=0):
         self.handle = NULL
-        with _On(get_device(device)):
+        self.device = get_device(device)
+        with _On(self.device):
             _check(_hip.event_create(&self.handle, _NO_TIMING), "hipEventCreateWithFlags")
 
     def __dealloc__(self):
@@ -702,7 +709,9 @@ cdef class Event:
 
     def record(self, stream=None):
         """Take the place after what the stream was given so far."""
-        _check(_hip.event_record(self.handle, stream_handle(stream)), "hipEventRecord")
+        cdef void *handle = stream_handle(stream)
+        with _On(self.device):  # whose default stream None is
+            _check(_hip.event_record(self.handle, handle), "hipEventRecord")
 
     def query(self):
         """Whether everything before it is done."""
@@ -720,14 +729,33 @@ cdef class Event:
         _check(status, "hipEventSynchronize")
 
 
-def synchronize(stream=None):
-    """Wait for everything that was given to a stream."""
+def synchronize(stream=None, Device device=None):
+    """Wait for everything that was given to a stream.
+
+    Parameters
+    ----------
+    stream : optional
+        None: the default stream of the device.
+    device : Device, optional
+        The thread's current one if None.
+    """
     _load()
     cdef void *handle = stream_handle(stream)
     cdef int status
-    with nogil:
-        status = _hip.stream_synchronize(handle)
-    _check(status, "hipStreamSynchronize")
+    with _On(device):
+        with nogil:
+            status = _hip.stream_synchronize(handle)
+        _check(status, "hipStreamSynchronize")
+
+
+def is_capturing(stream):
+    """Whether a graph is being captured from a stream; never from a default stream, None."""
+    cdef void *handle = stream_handle(stream)
+    cdef int status = 0
+    if handle == NULL:
+        return False
+    _check(_hip.is_capturing(handle, &status), "hipStreamIsCapturing")
+    return status != 0
 
 
 # ---------------------------------------------------------------- launches

@@ -7,6 +7,7 @@ import numpy.typing as npt
 from rocmforge.hip._array import DeviceArray
 from rocmforge.hip._driver import _DeviceLike, _Stream
 
+def to_host(x: Any, name: str, stream: _Stream = None) -> npt.NDArray[Any]: ...
 def attention_workspace_size(
     *,
     num_seqs: int,

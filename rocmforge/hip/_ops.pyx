@@ -31,6 +31,7 @@ from rocmforge.ops._params cimport rf_copy_params
 import ml_dtypes
 import numpy as np
 
+from rocmforge.hip._array import from_dlpack
 from rocmforge.hip._driver import get_device
 
 cnp.import_array()
@@ -90,6 +91,12 @@ cdef Device _device(object x, str name):
     if index < 0:
         raise ValueError(f"{name} must be on a HIP device, got {type(x).__name__}")
     return get_device(index)
+
+
+def to_host(x, name, stream=None):
+    """Copy an array on a HIP device to a new NumPy array, and wait for it."""
+    _device(x, name)
+    return from_dlpack(x, stream).numpy(stream)
 
 
 cdef cnp.ndarray _optional(object x, str name, Device device, size_t stream):

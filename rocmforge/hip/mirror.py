@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -10,7 +12,9 @@ import numpy.typing as npt
 
 from rocmforge.hip import _ops
 from rocmforge.hip._array import DeviceArray, empty, from_numpy, zeros
-from rocmforge.hip._driver import Device, Event, Memory, copy_async
+from rocmforge.hip._driver import Device, is_capturing
+from rocmforge.hip.mover import DeviceMover, Staging
+from rocmforge.prefix_attention import CommonPrefix
 
 if TYPE_CHECKING:
     from rocmforge.batch import Batch
@@ -24,15 +28,8 @@ Array: TypeAlias = npt.NDArray[Any]
 MAX_DELTA = 16384
 # Pinned buffers in turn: a batch's arrays are copied from one while the next batch fills another.
 RING = 3
-
-
-class _Staging:
-    """A pinned buffer, and an event after the copy that read it last."""
-
-    def __init__(self, device: Device, nbytes: int) -> None:
-        self.memory = Memory(device, nbytes, pinned=True)
-        self.event = Event(device)
-        self.used = False
+# Parts of the buffer for a batch's arrays, after seq_lens, cu_seqlens_q and rows.
+PREFIX, SLOTS = 3, 4
 
 
 class Mirror:
@@ -45,17 +42,23 @@ class Mirror:
     ----------
     tables : list of DeviceArray int32 [num_rows, max_blocks]
         Of each layer group.
+    lock : threading.Lock
+        Held from `update` until what uses the arrays was enqueued.
+    mover : DeviceMover
+        Of the pools' contents.
     """
 
     def __init__(self, device: Device, stream: Any, num_groups: int) -> None:
         self.device = device
         self.stream = stream
+        self.lock = threading.Lock()
+        self.mover = DeviceMover(device, stream)
         self.tables: list[DeviceArray] = [empty((0, 0), np.int32, device)] * num_groups
         self._epochs = [-1] * num_groups
         self._copies: list[list[Array]] = [[] for _ in range(num_groups)]
         self._deltas: list[list[Array]] = [[] for _ in range(num_groups)]
         self._batch: Batch | None = None
-        self._ring: list[_Staging] = []
+        self._ring: list[Staging] = []
         self._turn = 0
         self._buffer: DeviceArray | None = None
         self._offsets: tuple[int, ...] = ()
@@ -95,15 +98,19 @@ class Mirror:
         pools_of: Callable[[int], list[DeviceArray]],
     ) -> None:
         """Enqueue everything that the device must know before the batch is used."""
+        self.copy_blocks(pools_of)
         for index, group in enumerate(groups):
-            copies = self._copies[index]
-            while copies:
-                _ops.copy_blocks(pools_of(index), copies[0], stream=self.stream)
-                del copies[0]
             self._update_table(index, group)
         if self._batch is not batch:
             self._upload(batch)
             self._batch = batch
+
+    def copy_blocks(self, pools_of: Callable[[int], list[DeviceArray]]) -> None:
+        """Enqueue the planned copies, without which blocks do not hold what they should."""
+        for index, copies in enumerate(self._copies):
+            while copies:
+                _ops.copy_blocks(pools_of(index), copies[0], stream=self.stream)
+                del copies[0]
 
     def _update_table(self, index: int, group: CacheGroup) -> None:
         deltas, table = self._deltas[index], group.block_table
@@ -131,35 +138,34 @@ class Mirror:
             4 * sequences,
             4 * (sequences + 1),
             4 * sequences,
+            4 * (sequences + 3),
             *[8 * tokens] * len(self.tables),
         )
         offsets = np.cumsum([0, *(-(-size // 256) * 256 for size in sizes)])
         buffer = empty((int(offsets[-1]),), np.uint8, self.device)
-        ring = [_Staging(self.device, int(offsets[-1])) for _ in range(RING)]
+        ring = [Staging(self.device, int(offsets[-1])) for _ in range(RING)]
         self._buffer, self._ring, self._turn = buffer, ring, 0
         self._offsets = tuple(int(offset) for offset in offsets)
         self._capacity = (sequences, tokens)
 
     def _upload(self, batch: Batch) -> None:
         self._reserve(max(len(batch), 1), max(batch.num_tokens, 1))
+        slots = [part.slot_mapping for part in batch.groups]
+        arrays = dict(enumerate([batch.seq_lens, batch.cu_seqlens_q, batch.rows]))
+        self._send(arrays | dict(enumerate(slots, SLOTS)))
+
+    def _send(self, arrays: dict[int, Array]) -> None:
+        """Copy arrays to their parts of the buffer on the device, from the first one's on."""
         assert self._buffer is not None
         staging = self._ring[self._turn]
         self._turn = (self._turn + 1) % RING
-        if staging.used:
-            staging.event.synchronize()
-        host = staging.memory.numpy()
-        arrays: tuple[Array, ...] = (
-            batch.seq_lens,
-            batch.cu_seqlens_q,
-            batch.rows,
-            *(part.slot_mapping for part in batch.groups),
-        )
-        for array, offset in zip(arrays, self._offsets, strict=False):
-            host[offset : offset + array.nbytes] = array.view(np.uint8)
-        address = self._buffer.address
-        copy_async(address, staging.memory.address, self._offsets[-1], self.stream, self.device)
-        staging.event.record(self.stream)
-        staging.used = True
+        staging.wait()
+        first = end = self._offsets[min(arrays)]
+        for index, array in arrays.items():
+            begin = self._offsets[index] - first
+            staging.host[begin : begin + array.nbytes] = array.view(np.uint8)
+            end = max(end, begin + first + array.nbytes)
+        staging.send(self._buffer.address + first, end - first, self.stream)
 
     def _part(self, index: int, count: int, dtype: type) -> DeviceArray:
         assert self._buffer is not None
@@ -178,6 +184,21 @@ class Mirror:
         """Its sequences' rows of the tables, int32 [num_seqs]."""
         return self._part(2, len(batch), np.int32)
 
+    def common_prefix(self, prefix: CommonPrefix) -> CommonPrefix:
+        """Copy its arrays to the device, where the next batch's take their place."""
+        arrays = (prefix.rest_lens, prefix.length, prefix.cu_seqlens_q)
+        numbers = np.concatenate(arrays)
+        self._send({PREFIX: numbers})
+        there = self._part(PREFIX, len(numbers), np.int32)
+        n = len(prefix.rest_lens)
+        return replace(
+            prefix, rest_lens=there[:n], length=there[n : n + 1], cu_seqlens_q=there[n + 1 :]
+        )
+
+    def is_capturing(self) -> bool:
+        """Whether what is enqueued now will be replayed, for other batches too."""
+        return is_capturing(self.stream)
+
     def slot_mapping(self, batch: Batch, group: int) -> DeviceArray:
         """Its slots in a layer group's pools, int64 [num_tokens]."""
-        return self._part(3 + group, batch.num_tokens, np.int64)
+        return self._part(SLOTS + group, batch.num_tokens, np.int64)

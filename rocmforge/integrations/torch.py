@@ -2,9 +2,9 @@
 
 Called from eager code a function here is the one of the same name in `rocmforge.ops`, which reads
 tensors where they are and gives tensors back. While a graph is traced, for tensors that stand for
-others (fake tensors) and for those that need a gradient it is an operator of ``torch.ops.rocmforge``
-instead, so that a graph stays whole. The operators can be called by name too; they take no floats
-as scales and no workspace, and work is enqueued on PyTorch's current stream.
+others (fake tensors) and for those that need a gradient it is an operator of
+``torch.ops.rocmforge`` instead, so that a graph stays whole. The operators can be called by name
+too; they take no floats as scales, no workspace and no stream.
 
 There are no gradients: going back through a result is an error.
 """
@@ -15,11 +15,11 @@ from typing import Any
 
 try:
     import torch
-except ModuleNotFoundError as error:
+except ModuleNotFoundError as _error:
     raise ModuleNotFoundError(
-        f"rocmforge.integrations.torch needs PyTorch: pip install 'rocmforge[torch]' ({error})",
-        name=error.name,
-    ) from error
+        f"rocmforge.integrations.torch needs PyTorch: pip install 'rocmforge[torch]' ({_error})",
+        name=_error.name,
+    ) from _error
 from torch import Tensor
 
 from rocmforge import ops
@@ -39,9 +39,7 @@ calibrate = ops.calibrate
 
 def _direct(tensor: Tensor) -> bool:
     """Whether its memory can be read here and now."""
-    return (
-        type(tensor) is Tensor and not tensor.requires_grad and not torch.compiler.is_compiling()
-    )
+    return type(tensor) is Tensor and not tensor.requires_grad and not torch.compiler.is_compiling()
 
 
 def paged_attention(
@@ -74,8 +72,8 @@ def paged_attention(
 ) -> Any:
     """`rocmforge.ops.paged_attention` on tensors.
 
-    On a GPU ``stream`` is PyTorch's current one by default. `workspace` and `stream` have no place
-    in a compiled graph, whose memory and order are PyTorch's.
+    `workspace` and `stream` have no place in a compiled graph, whose memory and order are
+    PyTorch's.
     """
     if _direct(query):
         return ops.paged_attention(
@@ -314,9 +312,7 @@ def _paged_attention(query: Tensor, *arguments: Any, **options: Any) -> tuple[Te
     return _attend(None, query.detach(), *arguments, **options)
 
 
-def _paged_attention_out(
-    out: Tensor, query: Tensor, *arguments: Any, **options: Any
-) -> Tensor:
+def _paged_attention_out(out: Tensor, query: Tensor, *arguments: Any, **options: Any) -> Tensor:
     return _attend(out, query.detach(), *arguments, **options)[1]
 
 

@@ -24,17 +24,23 @@ try:
     import torch
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-    from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer
+    from transformers.cache_utils import (
+        Cache,
+        CacheLayerMixin,
+        DummyLayer,
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    )
     from transformers.masking_utils import (
         causal_mask_function,
         sliding_window_causal_mask_function,
     )
-except ImportError as error:
+except ImportError as _error:
     raise ModuleNotFoundError(
         "rocmforge.integrations.transformers needs Transformers 5 and PyTorch: "
-        f"pip install 'rocmforge[transformers]' ({error})",
-        name=error.name,
-    ) from error
+        f"pip install 'rocmforge[transformers]' ({_error})",
+        name=_error.name,
+    ) from _error
 from torch import Tensor
 
 from rocmforge.batch import Batch
@@ -172,7 +178,7 @@ def attention(
     window = cache.layers[layer].window
     if sliding_window is not None and window is not None and sliding_window != window:
         raise ValueError(
-            f"layer {layer} has a window of {sliding_window} tokens, the cache was made for {window}"
+            f"layer {layer} has a window of {sliding_window} tokens, the cache one of {window}"
         )
     sinks = None if s_aux is None else s_aux.detach().float()
     return (
@@ -210,9 +216,9 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """The new keys and values as they are, for `attention` to store."""
-        key_states = key_states.view(key_states.shape)  # an object of its own, to attach to
-        key_states._paged = (self._owner(), self._index)
-        return key_states, value_states
+        attached: Any = key_states.view(key_states.shape)  # an object of its own
+        attached._paged = (self._owner(), self._index)
+        return attached, value_states
 
     def get_seq_length(self) -> int:
         """Tokens a row, padding included."""
@@ -338,7 +344,7 @@ class PagedCache(Cache):
         self._kept: Flags | None = None  # [rows, length]: which are real; None: all
         self._prompts: list[npt.NDArray[np.int64]] | None = None  # real tokens, as far as known
         self._step: _Step | None = None
-        layers = [
+        layers: list[Any] = [
             DummyLayer() if index < 0 else PagedLayer(self, layer, window)
             for layer, (index, window) in enumerate(zip(pool.layers, pool.windows, strict=True))
         ]
@@ -471,8 +477,8 @@ class PagedCache(Cache):
         Raises
         ------
         ValueError
-            If these are more than `block_size` and a sliding window may have passed blocks that
-            would be needed again.
+            If a sliding window has passed blocks that would be needed again: those of the last
+            `block_size` tokens it keeps.
         """
         self._settle()
         if tokens_to_remove > 0:
@@ -481,19 +487,31 @@ class PagedCache(Cache):
         if number == 0:
             return
         length = self._length - number
-        size = self.kv_cache.block_size
-        window = min((w for w in self._pool.windows if w is not None), default=self._length)
-        if number > size and self._length > window:
-            raise ValueError(
-                f"crop: expected at most block_size, {size} tokens, as a window of {window} has "
-                f"given blocks back, got {number}: make the cache with a larger block_size"
-            )
-        for i, row in enumerate(self._rows):
-            kept = length if self._kept is None else int(self._kept[i, :length].sum())
-            self.kv_cache.truncate(row, kept)
+        kept = [
+            length if self._kept is None else int(self._kept[i, :length].sum())
+            for i in range(len(self._rows))
+        ]
+        for row, tokens in zip(self._rows, kept, strict=True):  # before any is truncated
+            self._check_windows(row, tokens)
+        for row, tokens in zip(self._rows, kept, strict=True):
+            self.kv_cache.truncate(row, tokens)
         self._length = length
         if self._kept is not None:
             self._kept = self._kept[:, :length]
+
+    def _check_windows(self, row: int, tokens: int) -> None:
+        size = self.kv_cache.block_size
+        for group in self.kv_cache.groups:
+            if group.window is None or tokens == 0:
+                continue
+            held = group.page_table.block_ids(row)
+            first = max(tokens - group.window + 1, 0) // size  # that the next token needs
+            if first < -(-tokens // size) and held[first] < 0:
+                raise ValueError(
+                    f"crop: a window of {group.window} tokens has given blocks back that would be "
+                    f"needed again; at most block_size tokens, {size}, can be taken back: make the "
+                    "cache with a larger block_size"
+                )
 
     # ---- steps ----
 
@@ -643,7 +661,7 @@ def _make_pool(
             layers.append(-1)
             continue
         window = getattr(kind, "sliding_window", None)
-        if not isinstance(kind, DynamicLayer) or (window is None and type(kind) is not DynamicLayer):
+        if type(kind) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise NotImplementedError(
                 f"layer {i} of the model keeps a {type(kind).__name__}; a PagedCache has full and "
                 "sliding-window attention"

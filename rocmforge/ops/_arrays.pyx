@@ -9,7 +9,7 @@ cimport numpy as cnp
 from cpython.bool cimport PyBool_Check
 from cpython.exc cimport PyErr_Clear
 from cpython.float cimport PyFloat_CheckExact
-from cpython.pycapsule cimport PyCapsule_CheckExact, PyCapsule_GetPointer, PyCapsule_IsValid
+from cpython.pycapsule cimport PyCapsule_GetPointer, PyCapsule_IsValid, PyCapsule_SetName
 from cpython.ref cimport Py_DECREF, Py_INCREF, PyObject
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t, uintptr_t
 from libc.string cimport memset, strncpy
@@ -121,23 +121,43 @@ cdef cnp.ndarray _import_dlpack(object x, str name):
     return dlpack_array(capsule, x, name)
 
 
+cdef class _Taken:
+    """What a producer gave, which is its own again with the last array over it."""
+    cdef rf_dl_managed *plain
+    cdef rf_dl_versioned *versioned
+
+    def __dealloc__(self):
+        if self.plain != NULL and self.plain.deleter != NULL:
+            self.plain.deleter(self.plain)
+        if self.versioned != NULL and self.versioned.deleter != NULL:
+            self.versioned.deleter(self.versioned)
+
+
 cdef cnp.ndarray dlpack_array(object capsule, object producer, str name):
     """A NumPy array over the memory of a DLPack capsule, wherever that is."""
     cdef rf_dl_tensor *t
-    cdef rf_dl_versioned *managed
+    cdef _Taken taken = _Taken.__new__(_Taken)
     cdef int flags = cnp.NPY_ARRAY_WRITEABLE
     if PyCapsule_IsValid(capsule, "dltensor_versioned"):
-        managed = <rf_dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
-        if managed.flags & RF_DL_READ_ONLY:
+        taken.versioned = <rf_dl_versioned *>PyCapsule_GetPointer(capsule, "dltensor_versioned")
+        PyCapsule_SetName(capsule, "used_dltensor_versioned")
+        if taken.versioned.major > 1:  # only the version and the deleter are where we look
+            raise ValueError(f"{name} came by version {taken.versioned.major} of DLPack, 1 was "
+                             "asked for")
+        if taken.versioned.flags & RF_DL_READ_ONLY:
             flags = 0
-        t = &managed.tensor
-    else:
-        t = &(<rf_dl_managed *>PyCapsule_GetPointer(capsule, "dltensor")).tensor
+        t = &taken.versioned.tensor
+    elif PyCapsule_IsValid(capsule, "dltensor"):
+        taken.plain = <rf_dl_managed *>PyCapsule_GetPointer(capsule, "dltensor")
+        PyCapsule_SetName(capsule, "used_dltensor")
+        t = &taken.plain.tensor
         # Such a capsule has no flags. Only JAX gives one of memory that must not be written to.
         if type(producer).__module__.partition(".")[0] in ("jax", "jaxlib"):
             flags = 0
-    # the capsule's destructor gives the memory back to the producer
-    return tensor_array(t, name, flags, capsule)
+    else:
+        raise TypeError(f"{name} must give a DLPack capsule that nobody has used, got "
+                        f"{type(capsule).__name__}")
+    return tensor_array(t, name, flags, taken)
 
 
 cdef cnp.ndarray tensor_array(const rf_dl_tensor *t, str name, int flags, object base):
@@ -408,7 +428,7 @@ cdef int same_dtype(cnp.ndarray a, str name, cnp.ndarray like, str other) except
 
 cdef int writable(cnp.ndarray a, str name) except -1:
     if not cnp.PyArray_ISWRITEABLE(a):
-        imported = PyCapsule_CheckExact((<object>a).base)
+        imported = isinstance((<object>a).base, _Taken)
         origin = " of another library (JAX's always are)" if imported else ""
         raise ValueError(f"{name} must be writable, got a read-only array{origin}")
     return 0

@@ -108,7 +108,7 @@ cdef int _scales_apart(cnp.ndarray scale, str name, cnp.ndarray key, cnp.ndarray
     return 0
 
 
-def calibrate(key, value, dtype):
+def calibrate(key, value, dtype, *, stream=None):
     """Scales, one a head, that make the largest element of these tokens the type's largest.
 
     Compute them from some typical tokens before the first `write_kv`: what is written later and is
@@ -121,6 +121,8 @@ def calibrate(key, value, dtype):
         cache.
     dtype : str, type or numpy.dtype
         float8_e4m3fn, float8_e4m3fnuz or int8.
+    stream : optional
+        Of arrays on a GPU, whose earlier work is waited for; None on the CPU.
 
     Returns
     -------
@@ -146,6 +148,12 @@ def calibrate(key, value, dtype):
     kind = _dtypes.resolve(dtype)
     if kind.name not in _dtypes.EIGHT_BIT:
         raise ValueError(f"dtype must be one of {', '.join(_dtypes.EIGHT_BIT)}, got {kind.name}")
+    hip = hip_operations(key)
+    if hip is not None:
+        key = hip.to_host(key, "key", stream)
+        value = None if value is None else hip.to_host(value, "value", stream)
+    else:
+        host_only(stream)
     k_scale = _head_scales(as_array(key, "key"), "key", kind)
     k_scale = like_library(k_scale, key)
     if value is None:
@@ -285,8 +293,8 @@ def gather_blocks(caches, block_ids, out=None, *, stream=None):
     -------
     array uint8 [n, bytes of a block in all caches]
         ``out``, or a new array of the first cache's library, as by `paged_attention`: in each row
-        the block of the first cache in the order of its dimensions, whatever its strides, then
-        that of the second.
+        the block of the first cache in the order of its dimensions, whatever its strides, then that
+        of the second.
 
     Raises
     ------

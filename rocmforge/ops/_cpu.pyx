@@ -46,6 +46,7 @@ cdef extern from "rf/cpu.h" nogil:
     int rf_cpu_create(const char *isa, int threads, rf_cpu **out)
     int rf_cpu_set_threads(rf_cpu *cpu, int threads)
     int rf_cpu_get_threads(const rf_cpu *cpu)
+    int rf_cpu_set_processors(rf_cpu *cpu, const int32_t *processors, int64_t n)
     int64_t rf_cpu_busy_ns(const rf_cpu *cpu)
     int rf_cpu_online()
     const char *rf_cpu_isa_name(int i)
@@ -228,7 +229,7 @@ cdef int scatter_blocks(const rf_copy_params *pools, int64_t num_pools, const in
 
 # ---------------------------------------------------------------- threads and instruction sets
 
-def set_num_threads(n):
+def set_num_threads(n, *, processors=None):
     """Set how many threads the CPU operations use, the calling one included.
 
     By default the environment's ``ROCMFORGE_NUM_THREADS``, else its ``OMP_NUM_THREADS``, else the
@@ -238,20 +239,33 @@ def set_num_threads(n):
     ----------
     n : int
         At least 1.
+    processors : iterable of int, optional
+        Numbers of the processors that the threads may run on, the calling one not included: needed
+        where an OpenMP runtime has bound the calling thread to one of them, because threads begin
+        where the one may run that starts them, which is the default. Ignored where the system
+        cannot bind threads or has no such processor.
 
     Raises
     ------
     ValueError
-        n is below 1 or above 4096.
+        n is below 1 or above 4096, or a processor is not 0 to 1023.
     TypeError
-        n is not an integer.
+        n or a processor is not an integer. After any error nothing was changed.
     """
+    cdef int32_t[1024] numbers
+    cdef int count = 0
     try:
         value = _index(n)
     except TypeError:
         raise TypeError(f"n must be an integer, got {type(n).__name__}") from None
     if not 1 <= value <= 4096:
         raise ValueError(f"n must be 1 to 4096, got {value}")
+    for number in sorted(set(processors or ())):
+        if not 0 <= _index(number) < 1024:
+            raise ValueError(f"processors must be 0 to 1023, got {number}")
+        numbers[count] = number
+        count += 1
+    rf_cpu_set_processors(_cpu, numbers, count)
     rf_cpu_set_threads(_cpu, value)
 
 

@@ -45,6 +45,18 @@ int rf_cpu_set_threads(rf_cpu *cpu, int threads) {
     return RF_OK;
 }
 
+int rf_cpu_set_processors(rf_cpu *cpu, const int32_t *processors, int64_t n) {
+    uint64_t set[RF_MAX_PROCESSORS / 64] = {0};
+    for (int64_t i = 0; i < n; i++) {
+        if (processors[i] < 0 || processors[i] >= RF_MAX_PROCESSORS) return RF_ERR_BAD_ARGUMENT;
+        set[processors[i] / 64] |= (uint64_t)1 << (processors[i] % 64);
+    }
+    while (!rf_pool_enter(&cpu->pool)) sched_yield();
+    rf_pool_set_processors(&cpu->pool, set);
+    rf_pool_leave(&cpu->pool);
+    return RF_OK;
+}
+
 int64_t rf_cpu_busy_ns(const rf_cpu *cpu) { return rf_pool_busy_ns(&cpu->pool); }
 
 int rf_cpu_get_threads(const rf_cpu *cpu) { return rf_pool_threads(&cpu->pool); }

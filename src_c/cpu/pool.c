@@ -1,5 +1,7 @@
+#define _GNU_SOURCE /* sched_setaffinity */
 #include "pool.h"
 
+#include <sched.h>
 #include <signal.h>
 #include <string.h>
 #include <time.h>
@@ -54,13 +56,28 @@ typedef struct start {
     rf_pool *pool;
     int worker;
     uint32_t epoch;
+    uint64_t processors[RF_MAX_PROCESSORS / 64];
 } start;
+
+/* Binds the calling thread. A worker is of no less use where that fails. */
+static void bind_to(const uint64_t *processors) {
+#if defined(__linux__)
+    cpu_set_t set;
+    CPU_ZERO(&set);
+    for (size_t i = 0; i < RF_MAX_PROCESSORS && i < CPU_SETSIZE; i++)
+        if (processors[i / 64] >> (i % 64) & 1) CPU_SET(i, &set);
+    if (CPU_COUNT(&set) > 0) (void)sched_setaffinity(0, sizeof set, &set);
+#else
+    (void)processors;
+#endif
+}
 
 static void *work(void *arg) {
     start s = *(start *)arg;
     rf_pool *p = s.pool;
     uint32_t seen = s.epoch;
     rf_free(arg);
+    bind_to(s.processors);
     for (;;) {
         int64_t since = now_ns();
         while (atomic_load(&p->epoch) == seen && now_ns() - since < SPIN_WORKER_NS)
@@ -121,6 +138,12 @@ int64_t rf_pool_busy_ns(const rf_pool *p) { return atomic_load(&p->busy_ns); }
 int rf_pool_threads(const rf_pool *p) { return atomic_load(&p->threads); }
 void rf_pool_set_threads(rf_pool *p, int threads) { atomic_store(&p->threads, threads); }
 
+void rf_pool_set_processors(rf_pool *p, const uint64_t processors[RF_MAX_PROCESSORS / 64]) {
+    if (memcmp(p->processors, processors, sizeof p->processors) == 0) return;
+    memcpy(p->processors, processors, sizeof p->processors);
+    atomic_store(&p->moved, 1);
+}
+
 /* In a child of the process that started the workers: there are none, and the lock may have been
  * held by a thread that does not exist here. */
 static int forget_workers(rf_pool *p, int64_t pid) {
@@ -148,7 +171,8 @@ void rf_pool_leave(rf_pool *p) { atomic_store_explicit(&p->busy, 0, memory_order
 
 int rf_pool_ready(rf_pool *p, int64_t tasks) {
     int want = rf_pool_threads(p) - 1;
-    if (p->started > want) stop_workers(p);
+    const int moved = atomic_exchange(&p->moved, 0);
+    if (p->started > want || moved) stop_workers(p);
     if (tasks - 1 < want) want = tasks > 0 ? (int)(tasks - 1) : 0;
     if (p->started >= want) return p->started + 1; /* any of those may take a task */
     if (want > p->capacity) {
@@ -168,6 +192,7 @@ int rf_pool_ready(rf_pool *p, int64_t tasks) {
         s->pool = p;
         s->worker = p->started + 1;
         s->epoch = atomic_load(&p->epoch);
+        memcpy(s->processors, p->processors, sizeof s->processors);
         if (pthread_create(&p->ids[p->started], NULL, work, s) != 0) {
             rf_free(s);
             break; /* fewer threads do the same work */

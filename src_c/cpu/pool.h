@@ -12,6 +12,8 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
+#define RF_MAX_PROCESSORS 1024
+
 /* worker: 0 .. threads - 1, a different one for each thread that is in the region. */
 typedef void (*rf_task_fn)(void *arg, int64_t task, int worker);
 
@@ -21,7 +23,9 @@ typedef struct rf_pool {
     int32_t started;       /* workers running, the caller not counted */
     _Atomic int32_t threads; /* asked for, the caller counted */
     int32_t capacity;        /* of ids */
-    pthread_t *ids;          /* [started] */
+    _Atomic int32_t moved;   /* 1 when workers that were started have another set of processors */
+    uint64_t processors[RF_MAX_PROCESSORS / 64]; /* a bit each; none: where the caller may run */
+    pthread_t *ids;                              /* [started] */
 
     pthread_mutex_t lock; /* only for going to sleep and being woken */
     pthread_cond_t wake;  /* workers wait here */
@@ -47,6 +51,9 @@ void rf_pool_destroy(rf_pool *p);
 
 int rf_pool_threads(const rf_pool *p);
 void rf_pool_set_threads(rf_pool *p, int threads); /* takes effect at the next region */
+/* Where workers may run, from the next region on; a set of zeros is where the thread may that
+ * starts them. Nobody may be in a region. Ignored where threads cannot be bound. */
+void rf_pool_set_processors(rf_pool *p, const uint64_t processors[RF_MAX_PROCESSORS / 64]);
 
 /* 1 when the workers have not gone to sleep since the last region: they can be had for little. */
 int rf_pool_polling(const rf_pool *p);

@@ -1,4 +1,6 @@
 /* pool.c: every task runs once, whatever threads there are, in children of the process too. */
+#define _GNU_SOURCE /* sched_setaffinity */
+#include <sched.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -60,6 +62,49 @@ static void change_threads(rf_pool *p) {
     }
 }
 
+#if defined(__linux__) && !defined(RF_EMULATED)
+static _Atomic int bound_to; /* the processor that workers find themselves bound to, or -1 */
+
+static void look(void *arg, int64_t task, int worker) {
+    (void)arg, (void)task;
+    cpu_set_t set;
+    if (worker != 0 && sched_getaffinity(0, sizeof set, &set) == 0)
+        atomic_store(&bound_to, CPU_COUNT(&set) == 1 && CPU_ISSET(0, &set) ? 0 : -1);
+    while (atomic_load(&bound_to) == -2) usleep(100); /* until a worker has come */
+}
+
+static int workers_bound(rf_pool *p) {
+    atomic_store(&bound_to, -2);
+    CHECK(rf_pool_enter(p));
+    CHECK(rf_pool_ready(p, 50) > 1);
+    rf_pool_run(p, look, NULL, 50);
+    rf_pool_leave(p);
+    return atomic_load(&bound_to) == 0;
+}
+
+static void bind(rf_pool *p) {
+    cpu_set_t before, one;
+    uint64_t set[RF_MAX_PROCESSORS / 64] = {1}, none[RF_MAX_PROCESSORS / 64] = {0};
+    CHECK(sched_getaffinity(0, sizeof before, &before) == 0);
+    if (!CPU_ISSET(0, &before) || CPU_COUNT(&before) < 2) return;
+    CHECK(!workers_bound(p));
+    rf_pool_set_processors(p, set); /* moves those that run */
+    CHECK(workers_bound(p));
+    regions(p);
+    rf_pool_set_processors(p, none);
+    CHECK(!workers_bound(p));
+    CPU_ZERO(&one);
+    CPU_SET(0, &one); /* a caller that is bound has workers that are not, if it says so */
+    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
+    set[0] = 3;
+    rf_pool_set_processors(p, set);
+    CHECK(!workers_bound(p));
+    rf_pool_set_processors(p, none);
+    CHECK(workers_bound(p));
+    CHECK(sched_setaffinity(0, sizeof before, &before) == 0);
+}
+#endif
+
 static void fork_once(rf_pool *p, int depth) {
     pid_t child = fork();
     CHECK(child >= 0);
@@ -101,6 +146,9 @@ int main(void) {
     fork_while_taken(&p);
 #else /* qemu-user starts no threads in the child of a process that had some */
     (void)fork_once, (void)fork_while_taken;
+#endif
+#if defined(__linux__) && !defined(RF_EMULATED)
+    bind(&p);
 #endif
     change_threads(&p);
     rf_pool_destroy(&p);

@@ -95,9 +95,11 @@ def sim() -> Iterator[Simulator]:
     if not SIMULATED:
         pytest.skip("of the simulated device only")
     simulator = Simulator(LIBRARY)
+    simulator.set_device(0)
     yield simulator
     simulator.fail(-1)
     simulator.forget_errors()
+    simulator.set_device(0)
     simulator.set_seed(int(os.environ.get("RF_SIM_SEED", "0")))
     simulator.set_memory(1 << 30)
 

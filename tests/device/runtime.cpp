@@ -92,6 +92,7 @@ struct Stream {
     bool invalidated = false;
 };
 struct Event {
+    int device = 0;
     Stream *stream = nullptr;
     uint64_t at = 0;
 };
@@ -490,6 +491,7 @@ API Error hipStreamWaitEvent(void *stream, void *event, unsigned) {
 API Error hipEventCreateWithFlags(void **out, unsigned) {
     CALL();
     auto *e = new Event;
+    e->device = current_device;
     events.insert(e);
     *out = e;
     return ok;
@@ -505,7 +507,7 @@ API Error hipEventRecord(void *event, void *stream) {
     CALL();
     auto *e = static_cast<Event *>(event);
     Stream *s = stream_of(stream);
-    if (!events.count(e) || !s) return invalid_handle;
+    if (!events.count(e) || !s || s->device != e->device) return invalid_handle;
     if (s->capture) return ok;
     e->stream = s;
     e->at = s->given;

@@ -7,15 +7,18 @@ import gc
 import numpy as np
 import pytest
 
+import rocmforge.kv_cache
+import rocmforge.prefix_attention
 from rocmforge import KVCache, LayerGroup, hip
 from rocmforge.errors import DeviceError
 
 SHAPE = {"num_layers": 2, "num_blocks": 40, "num_kv_heads": 2, "head_dim": 64, "block_size": 4}
 
 
-def caches(device, **kwargs):
+def caches(device, stream=None, **kwargs):
     arguments = {**SHAPE, "dtype": "float32", **kwargs}
-    return KVCache(**arguments, device="cpu"), KVCache(**arguments, device=str(device))
+    host = KVCache(**arguments, device="cpu")
+    return host, KVCache(**arguments, device=str(device), stream=stream)
 
 
 def step(rng, both, ids, counts, on_device=False):
@@ -172,6 +175,92 @@ def test_addresses_stay_for_graphs(device, rng):
         np.testing.assert_allclose(out.numpy(stream), want, atol=2e-6, rtol=2e-6)
 
 
+@pytest.fixture
+def prefixes(monkeypatch):
+    """How many blocks were read once for all sequences, of each `attend` that did so."""
+    calls = []
+    monkeypatch.setattr(rocmforge.prefix_attention, "MIN_TOKENS", 32)
+    original = rocmforge.kv_cache.attend_with_prefix
+    monkeypatch.setattr(
+        rocmforge.kv_cache,
+        "attend_with_prefix",
+        lambda prefix, *args, **kwargs: (
+            calls.append(prefix.num_blocks) or original(prefix, *args, **kwargs)
+        ),
+    )
+    return calls
+
+
+def sharing(device, rng, **kwargs):
+    """Both caches with five sequences that begin with the same 37 tokens."""
+    both = caches(device, **kwargs)
+    key = rng.standard_normal((37, 2, 64)).astype(both[0].dtype)
+    for cache in both:
+        cache.add_sequence(0)
+        batch = cache.append([0], 37)
+        for layer in range(2):
+            cache.write(layer, key, key, batch)
+        for i in range(1, 5):
+            cache.fork(0, i)
+    return both
+
+
+def attend_both(rng, both, counts, deterministic=False, **options):
+    batches = [cache.append(range(5), counts) for cache in both]
+    tokens, kind = batches[0].num_tokens, both[0].dtype
+    for layer in range(2):
+        key = rng.standard_normal((tokens, 2, 64)).astype(kind)
+        query = rng.standard_normal((tokens, 4, 64)).astype(kind)
+        results = []
+        for cache, batch in zip(both, batches, strict=True):
+            cache.write(layer, key, key, batch)
+            choice = deterministic if cache is both[1] else True
+            results.append(
+                cache.attend(layer, query, batch, return_lse=True, deterministic=choice, **options)
+            )
+        tolerance = 4e-6 if kind == np.float32 else 2e-2
+        for want, got in zip(*results, strict=True):
+            np.testing.assert_allclose(
+                got.astype(np.float32), want.astype(np.float32), atol=tolerance, rtol=tolerance
+            )
+
+
+@pytest.mark.parametrize("layout", ["HND", "NHD"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_common_prefix_is_read_once(device, rng, prefixes, layout, dtype):
+    both = sharing(device, rng, layout=layout, dtype=dtype)
+    sinks = np.array([1, -1, 0, 2], np.float32)
+    attend_both(rng, both, 1, True, softcap=4.0, sinks=sinks)
+    assert not prefixes
+    attend_both(rng, both, 1, softcap=4.0, sinks=sinks)
+    attend_both(rng, both, [3, 1, 5, 2, 1])
+    assert prefixes == [9] * 4  # 36 tokens in blocks of four, two layers of two steps
+    attend_both(rng, both, 1, alibi_slopes=np.ones(4, np.float32))
+    assert len(prefixes) == 4
+
+
+def test_a_common_prefix_stays_out_of_graphs(device, rng, prefixes):
+    """A graph serves later batches, which may have less in common."""
+    stream = hip.Stream(device)
+    _, cache = sharing(device, rng, stream=stream)
+    key, out = (hip.zeros((5, 2, 64), np.float32, device, stream) for _ in range(2))
+    batch = cache.append(range(5), 1)
+    for layer in range(2):
+        cache.write(layer, key, key, batch)
+        cache.attend(layer, key, batch, deterministic=False)
+    assert prefixes == [9] * 2
+    batch = cache.append(range(5), 1)
+    stream.synchronize()
+    stream.begin_capture()
+    cache.write(0, key, key, batch)
+    cache.attend(0, key, batch, deterministic=False, out=out)
+    stream.end_capture().launch(stream)
+    assert len(prefixes) == 2
+    again = cache.attend(0, key, batch, deterministic=False)
+    np.testing.assert_allclose(out.numpy(stream), again.numpy(stream), atol=4e-6)
+    assert len(prefixes) == 3
+
+
 def test_devices_that_are_not_there():
     with pytest.raises(DeviceError, match="hip:77 is not there"):
         KVCache(**SHAPE, device="hip:77")
@@ -191,20 +280,6 @@ def test_auto_takes_the_device_and_says_so(monkeypatch, tmp_path):
     assert "no code object" in hip.default_device()[1]
     with pytest.raises(DeviceError, match="no code object"):
         KVCache(**SHAPE, device="hip:0")
-
-
-def test_what_is_not_built_says_so(device, tmp_path):
-    cache = KVCache(**SHAPE, device=str(device))
-    cache.add_sequence(1)
-    for call in (
-        lambda: cache.save(tmp_path / "x"),
-        lambda: cache.suspend(1),
-        lambda: cache.read_blocks([0]),
-        lambda: cache.insert_prefix([1, 2, 3, 4], b""),
-        lambda: KVCache.load(tmp_path / "x", device=str(device)),
-    ):
-        with pytest.raises(DeviceError, match=f"not built yet for a cache on {device}"):
-            call()
 
 
 def test_pools_that_do_not_fit(sim, device):

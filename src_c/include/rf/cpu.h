@@ -24,6 +24,9 @@ void rf_cpu_destroy(rf_cpu *cpu);
 
 int rf_cpu_set_threads(rf_cpu *cpu, int threads); /* RF_ERR_BAD_ARGUMENT when < 1 */
 int rf_cpu_get_threads(const rf_cpu *cpu);
+/* Processors that the worker threads may run on; with n = 0 those of the thread that starts them,
+ * as at first. Waits for a call in flight. RF_ERR_BAD_ARGUMENT when one is not 0 .. 1023. */
+int rf_cpu_set_processors(rf_cpu *cpu, const int32_t *processors, int64_t n);
 /* Time that threads spent in tasks, all of them added up, of calls that used more than one: what is
  * missing to threads x elapsed time was idle. */
 int64_t rf_cpu_busy_ns(const rf_cpu *cpu);

@@ -44,8 +44,8 @@ typedef struct rf_dl_versioned { /* capsule "dltensor_versioned" */
 } rf_dl_versioned;
 
 /* Table of functions that a type of arrays offers as the capsule __dlpack_c_exchange_api__ (DLPack
- * 1.2, in PyTorch since 2.10). They return 0, or -1 with a Python exception set, and know nothing of
- * streams. An object is a PyObject *. */
+ * 1.2; PyTorch has it). They return 0, or -1 with a Python exception set, and know nothing
+ * of streams. An object is a PyObject *. */
 typedef struct rf_dl_exchange {
     uint32_t major, minor;
     struct rf_dl_exchange *previous; /* a table of an older major version, or NULL */
