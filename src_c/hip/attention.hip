@@ -196,7 +196,6 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
     int row0, rows; /* of this wave */
     int side, part; /* of this lane: which token, which chunks (part, part + LANES, ...) */
     bool latent, capped, biased, masked;
-    bool k_paired, v_paired;        /* 8 bits: an even number of chunks, read two at a time */
     bool k_in[CHUNKS];              /* whether the key has this lane's chunk, */
     int k_at[CHUNKS], v_at[CHUNKS]; /* and the byte in the vector that it is read from */
     Range range[ROWS];
@@ -214,8 +213,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
         masked = p.mask != nullptr;
         latent = p.v.data == p.k.data && p.v.block_stride == p.k.block_stride &&
                  p.v.head_stride == p.k.head_stride && p.v.token_stride == p.k.token_stride;
-        k_paired = SIZE == 1 && p.head_dim % 16 == 0;
-        v_paired = SIZE == 1 && p.v_head_dim % 16 == 0;
+        bool k_paired = paired(p.head_dim), v_paired = paired(p.v_head_dim);
         RF_UNROLL
         for (int c = 0; c < CHUNKS; c++) {
             int chunk = part + c * LANES;
@@ -273,12 +271,15 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
         return yes;
     }
 
+    /* 8 bits, and an even number of chunks: two of them are read at once. */
+    RF_DEVICE_MEMBER static bool paired(int dim) { return SIZE == 1 && dim % 16 == 0; }
+
     /* This lane's chunks of STEPS tokens, whose vectors are at bytes `offset` of the pool. */
     RF_DEVICE_MEMBER static void read(const rf_paged &pool, const int64_t *offset, const int *at,
-                                      bool paired, Chunk<SIZE> (*to)[CHUNKS]) {
+                                      int dim, Chunk<SIZE> (*to)[CHUNKS]) {
         const char *data = static_cast<const char *>(pool.data);
         if constexpr (SIZE == 1 && STEPS % 2 == 0) {
-            if (paired) {
+            if (paired(dim)) {
                 bool odd = lane() % 2 != 0;
                 RF_UNROLL
                 for (int t = 0; t < STEPS; t += 2) RF_UNROLL
@@ -323,7 +324,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
                      offset[t] * p.k.token_stride) *
                     SIZE;
         }
-        read(p.k, at, k_at, k_paired, key);
+        read(p.k, at, k_at, fresh(a).p.head_dim, key);
         if (latent) {
             RF_UNROLL
             for (int t = 0; t < STEPS; t++) RF_UNROLL
@@ -334,7 +335,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
                 at[t] = (block[t] * p.v.block_stride + head * p.v.head_stride +
                          offset[t] * p.v.token_stride) *
                         SIZE;
-            read(p.v, at, v_at, v_paired, value);
+            read(p.v, at, v_at, fresh(a).p.v_head_dim, value);
         }
         if (SCALED) {
             const rf_attention_params &again = fresh(a).p;
