@@ -101,7 +101,9 @@ def as_bytes(problem, *names):
     return problem.but(**{name: getattr(problem, name).view(np.uint8) for name in names})
 
 
-@pytest.mark.parametrize("form", [up, lambda x, device: Foreign(up(x, device))], ids=["ours", "foreign"])
+@pytest.mark.parametrize(
+    "form", [up, lambda x, device: Foreign(up(x, device))], ids=["ours", "foreign"]
+)
 @pytest.mark.parametrize("kv_dtype", [FLOAT8, FLOAT8UZ], ids=str)
 def test_float8_that_comes_as_bytes(device, kv_dtype, form):
     """What `kv_dtype` says of both caches, or what one of them is."""
