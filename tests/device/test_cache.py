@@ -312,7 +312,7 @@ def test_pools_that_do_not_fit(sim, device):
 
 
 def test_memory_runs_out_in_a_step(sim, device, rng):
-    """Wherever it does: the sizes are told, nothing leaks, and with memory again the step goes on."""
+    """Sizes are told, nothing leaks, and with memory again the step goes on where it stopped."""
     arguments = {"num_layers": 1, "num_blocks": 200}
     key, value = rng.standard_normal((2, 600, 2, 64), np.float32)
     query = rng.standard_normal((2, 4, 64), np.float32)
