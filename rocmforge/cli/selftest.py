@@ -104,9 +104,10 @@ def _write(dtype: str) -> Callable[[Any], float]:
         def results(place: Callable[[Any], Any]) -> tuple[list[Any], Any]:
             pools = [place(array) for array in arrays]
             scales = dict(zip(("k_scale", "v_scale"), pools[2:], strict=False))
-            ops.write_kv(place(key), place(value), *pools[:2], place(slots), **scales)
-            there = [place(query), *pools[:2], *(place(array) for array in batch)]
-            return pools, ops.paged_attention(*there, **scales)
+            keys, values = pools[:2]
+            ops.write_kv(place(key), place(value), keys, values, place(slots), **scales)
+            table, lengths = (place(array) for array in batch)
+            return pools, ops.paged_attention(place(query), keys, values, table, lengths, **scales)
 
         want, attended = results(np.copy)
         got, attended_there = results(lambda array: hip.from_numpy(array, device))
