@@ -1,13 +1,18 @@
 """Attention, writes and block copies on a HIP device, as parts of its own copy bandwidth.
 
-Results are compared with the float64 oracle before anything is timed. Times are of many calls on
-one stream with one wait at the end; keys and values rotate through more memory than a last-level
-cache holds. Copy bandwidth is that of `copy_blocks`, in the same run: no figure of a data sheet.
+Results are compared with the float64 oracle, at a small size, before anything is timed. Times are
+of many calls on one stream with one wait at the end; caches rotate through more memory than a
+last-level cache holds. Copy bandwidth is that of `copy_blocks`, in the same run: no figure of a
+data sheet. What counts as moved is what no implementation can avoid: keys and values of a decode
+step once, of a write what is read and what is written.
 
-Has not been run on a GPU yet: this file is what the first one will be measured with.
+Has not been run on a GPU yet: this file is what the first one will be measured with. Tests run it
+with --quick on the simulated device, where its times say nothing.
 """
 
 import argparse
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 
@@ -17,98 +22,169 @@ from _bench import print_table
 from rocmforge import hip, ops, reference
 from rocmforge.dtypes import resolve
 
-CASES = [  # sequences, context, query heads, key/value heads, head_dim
-    (32, 2048, 32, 8, 128),
-    (1, 16384, 32, 8, 128),
-    (64, 1024, 16, 16, 64),
-    (32, 2048, 16, 1, 576),
+DECODE = [  # sequences, context, query heads, key/value heads, head_dim, elements
+    (32, 2048, 32, 8, 128, "bfloat16"),
+    (1, 16384, 32, 8, 128, "bfloat16"),
+    (64, 1024, 16, 16, 64, "bfloat16"),
+    (32, 2048, 16, 1, 576, "bfloat16"),
+    (32, 2048, 32, 8, 128, "float8_e4m3fn"),
+    (32, 2048, 32, 8, 128, "float8_e4m3fnuz"),
+    (32, 2048, 32, 8, 128, "int8"),
 ]
+PREFILL = [(4, 2048, 32, 8, 128, "bfloat16"), (1, 8192, 32, 8, 128, "bfloat16")]
+WRITES = [(8192, 8, 128, "bfloat16"), (8192, 8, 128, "float8_e4m3fn"), (32, 8, 128, "bfloat16")]
+CACHED = 600 << 20  # bytes that no cache in front of the memory holds
+
+Case = tuple[int, int, int, int, int, str]
 
 
-def seconds(function: Callable[[], object], stream: hip.Stream, repeats: int) -> float:
-    """Median over five runs of the seconds of a call."""
-    function()
-    stream.synchronize()
-    runs = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            function()
-        stream.synchronize()
-        runs.append((time.perf_counter() - begin) / repeats)
-    return sorted(runs)[2]
+class Bench:
+    """A device, a stream on it, and how much of its time and memory to take."""
 
+    def __init__(self, device: hip.Device, quick: bool) -> None:
+        self.device, self.stream, self.quick = device, hip.Stream(device), quick
+        self.repeats = 1 if quick else 50
+        self.rng = np.random.default_rng(0)
+        self.bandwidth = self.copies()
 
-def copy_bandwidth(device: hip.Device, stream: hip.Stream, repeats: int) -> float:
-    """Bytes a second, read and written, of copies of large blocks."""
-    pool = hip.zeros((64, 8 << 20), np.uint8, device)
-    pairs = np.stack([np.arange(32), np.arange(32, 64)], axis=1).astype(np.int32)
-    once = seconds(lambda: ops.copy_blocks(pool, pairs, stream=stream), stream, repeats)
-    return 2 * 32 * (8 << 20) / once
+    def up(self, *arrays: np.ndarray) -> list[hip.DeviceArray]:
+        moved = [hip.from_numpy(array, self.device, self.stream) for array in arrays]
+        self.stream.synchronize()
+        return moved
 
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Median over five runs of the seconds of a call; one run if it is to be quick."""
+        function()
+        self.stream.synchronize()
+        runs = []
+        for _ in range(1 if self.quick else 5):
+            begin = time.perf_counter()
+            for _ in range(self.repeats):
+                function()
+            self.stream.synchronize()
+            runs.append((time.perf_counter() - begin) / self.repeats)
+        return statistics.median(runs)
 
-def decode(case: tuple[int, ...], device: hip.Device, stream: hip.Stream, repeats: int) -> float:
-    """Seconds of a decode step of one layer, checked at a small size first."""
-    sequences, context, heads, kv_heads, dim = case
-    rng = np.random.default_rng(0)
-    dtype = resolve("bfloat16")
+    def copies(self) -> float:
+        """Bytes a second, read and written, of copies of large blocks."""
+        block = (8 << 10) if self.quick else (8 << 20)
+        pool = hip.zeros((64, block), np.uint8, self.device, self.stream)
+        pairs = np.stack([np.arange(32), np.arange(32, 64)], axis=1).astype(np.int32)
+        once = self.seconds(lambda: ops.copy_blocks(pool, pairs, stream=self.stream))
+        return 2 * 32 * block / once
 
-    def make(count: int, length: int, copies: int) -> list[list[hip.DeviceArray]]:
-        width = -(-length // 16)
-        table = rng.permutation(count * width).astype(np.int32).reshape(count, width)
-        query = rng.standard_normal((count, heads, dim), np.float32).astype(dtype)
-        pool = rng.standard_normal((count * width, kv_heads, 16, dim), np.float32).astype(dtype)
-        host = [query, pool, pool, table, np.full(count, length, np.int32)]
-        if copies == 1:
-            got = ops.paged_attention(*[hip.from_numpy(a, device) for a in host]).numpy()
-            want = reference.paged_attention(*host)
-            np.testing.assert_allclose(got.astype(float), want, atol=2e-2, rtol=2e-2)
-        shared = [hip.from_numpy(a, device) for a in (query, table, host[4])]
+    def pools(self, shape: tuple[int, ...], dtype: str) -> list[np.ndarray]:
+        """Keys and values; quantised ones with a scale of 0.02."""
+        kind = resolve(dtype)
         return [
-            [shared[0], *(hip.from_numpy(pool, device) for _ in range(2)), *shared[1:]]
-            for _ in range(copies)
+            reference.quantise(x, np.float32(0.02), kind) if kind.itemsize == 1 else x.astype(kind)
+            for x in self.rng.standard_normal((2, *shape), np.float32)
         ]
 
-    make(2, 80, 1)
-    nbytes = 2 * sequences * context * kv_heads * dim * 2
-    arrays = make(sequences, context, max(2, min(8, -(-(600 << 20) // nbytes))))
-    out = hip.empty(arrays[0][0].shape, dtype, device)
-    turn = iter(range(1 << 60))
+    def attention(self, case: Case, prefill: bool) -> float:
+        """Seconds of a step of one layer: a new token a sequence, or all of them."""
+        sequences, context, heads, kv_heads, dim, dtype = case
+        scales = {} if dtype == "bfloat16" else {"k_scale": 0.02, "v_scale": 0.02}
 
-    def call() -> None:
-        ops.paged_attention(
-            *arrays[next(turn) % len(arrays)], out=out, max_seq_len=context, stream=stream
+        def make(count: int, length: int) -> list[np.ndarray]:
+            width = -(-length // 16)
+            table = self.rng.permutation(count * width).astype(np.int32).reshape(count, width)
+            tokens = length if prefill else 1
+            query = self.rng.standard_normal((count * tokens, heads, dim), np.float32)
+            pools = self.pools((count * width, kv_heads, 16, dim), dtype)
+            lengths = np.full(count, length, np.int32)
+            cu = np.arange(count + 1, dtype=np.int32) * tokens
+            return [query.astype(resolve("bfloat16")), *pools, table, lengths, cu]
+
+        host = make(2, 20 if prefill else 80)
+        got = ops.paged_attention(*self.up(*host), **scales, stream=self.stream).numpy(self.stream)
+        want = reference.paged_attention(*host, **scales)
+        np.testing.assert_allclose(got.astype(float), want, atol=2e-2, rtol=2e-2)
+
+        query, *pools, table, lengths, cu = make(sequences, context)
+        nbytes = sum(pool.nbytes for pool in pools)
+        count = 1 if self.quick or prefill else max(2, min(8, -(-CACHED // nbytes)))
+        turn = itertools.cycle([self.up(*pools) for _ in range(count)])
+        (query_there, *batch) = self.up(query, table, lengths, cu)
+        out = hip.empty(query.shape, resolve("bfloat16"), self.device)
+        bounds = {"max_seq_len": context, "max_seqlen_q": context if prefill else 1}
+        return self.seconds(
+            lambda: ops.paged_attention(
+                query_there, *next(turn), *batch, out=out, **bounds, **scales, stream=self.stream
+            )
         )
 
-    return seconds(call, stream, repeats)
+    def write(self, tokens: int, heads: int, dim: int, dtype: str) -> float:
+        """Seconds of a write; quantised caches get a scale of each token."""
+        blocks = -(-tokens // 16) if self.quick else 4096
+        new = self.rng.standard_normal((2, tokens, heads, dim), np.float32)
+        new = new.astype(resolve("bfloat16"))
+        slots = self.rng.permutation(blocks * 16)[:tokens].astype(np.int64)
+        quantised = resolve(dtype).itemsize == 1
+        arrays = [np.zeros((blocks, heads, 16, dim), resolve(dtype)) for _ in range(2)]
+        if quantised:
+            arrays += [np.zeros((blocks, heads, 16), np.float32) for _ in range(2)]
+        key, value, where, *there = self.up(*new, slots, *arrays)
+        scales = dict(zip(("k_scale", "v_scale"), there[2:], strict=False))
+
+        def call() -> None:
+            ops.write_kv(key, value, *there[:2], where, **scales, stream=self.stream)
+
+        call()
+        host = dict(zip(scales, arrays[2:], strict=True))
+        reference.write_kv(*new, *arrays[:2], slots, **host)
+        for got, want in zip(there, arrays, strict=True):
+            got = got.numpy(self.stream)
+            np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
+        return self.seconds(call)
+
+    def row(self, name: str, once: float, moved: float, operations: float = 0.0) -> list[str]:
+        """A line of the table; `moved` bytes, 0 where something else than memory decides."""
+        rate = [f"{moved / once / 1e9:.3g}", f"{moved / once / self.bandwidth:.2f}"]
+        return [
+            name,
+            f"{once * 1e6:.0f}",
+            *(rate if moved else ["", ""]),
+            f"{operations / once / 1e12:.3g}" if operations else "",
+        ]
+
+    def rows(self) -> list[list[str]]:
+        found = []
+        decode, prefill, writes = DECODE, PREFILL, WRITES
+        if self.quick:
+            decode, prefill = (
+                [(2, 20, *case[2:]) for case in cases] for cases in (DECODE, PREFILL)
+            )
+            writes = [(32, *case[1:]) for case in WRITES]
+        for case in decode:
+            sequences, context, heads, kv_heads, dim, dtype = case
+            name = f"decode, {sequences} x {context:,}, {heads}/{kv_heads} x {dim}, {dtype}"
+            read = 2 * sequences * context * kv_heads * dim * resolve(dtype).itemsize
+            found.append(self.row(name, self.attention(case, False), read))
+        for case in prefill:
+            sequences, context, heads, kv_heads, dim, dtype = case
+            name = f"prefill, {sequences} x {context:,}, {heads}/{kv_heads} x {dim}, {dtype}"
+            pairs = sequences * context * (context + 1) // 2  # a causal query and what it sees
+            found.append(self.row(name, self.attention(case, True), 0, 4 * pairs * heads * dim))
+        for tokens, heads, dim, dtype in writes:
+            moved = 2 * tokens * heads * dim * (2 + resolve(dtype).itemsize)
+            name = f"write, {tokens:,} tokens, {heads} x {dim}, {dtype}"
+            found.append(self.row(name, self.write(tokens, heads, dim, dtype), moved))
+        return found
 
 
 def main() -> None:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="fewer cases and repeats")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small cases: does it work at all")
     options = parser.parse_args()
     device, reason = hip.default_device()
     if device is None:
         print(f"no HIP device: {reason}")
         return
-    stream = hip.Stream(device)
-    repeats = 5 if options.quick else 50
-    bandwidth = copy_bandwidth(device, stream, repeats)
-    print(f"{device.name} ({device.architecture}), copies at {bandwidth / 1e9:.0f} GB/s")
-    rows = []
-    for case in CASES[: 1 if options.quick else None]:
-        sequences, context, heads, kv_heads, dim = case
-        time_of_call = decode(case, device, stream, repeats)
-        read = 2 * sequences * context * kv_heads * dim * 2
-        rows.append(
-            (
-                f"{sequences} x {context:,}, {heads}/{kv_heads} x {dim}",
-                f"{time_of_call * 1e6:.0f}",
-                f"{read / time_of_call / bandwidth:.2f}",
-            )
-        )
-    print_table(["decode, bfloat16", "us", "of copy"], rows)
+    bench = Bench(device, options.quick)
+    print(f"{device.name} ({device.architecture}), copies at {bench.bandwidth / 1e9:.0f} GB/s")
+    print_table(["operation", "us", "GB/s", "of copy", "TFLOP/s"], bench.rows())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ OWN = 64  # tokens of each sequence behind the prefix
 def decoding(batch: int, prefix: int, dtype: str) -> tuple[KVCache, object, np.ndarray]:
     """A cache, a batch of one token a sequence, and its queries."""
     blocks = (prefix + batch * (OWN + BLOCK)) // BLOCK + batch + 2
-    cache = KVCache(1, blocks, KV_HEADS, HEAD_DIM, block_size=BLOCK, dtype=dtype)
+    cache = KVCache(1, blocks, KV_HEADS, HEAD_DIM, block_size=BLOCK, dtype=dtype, device="cpu")
     rng = np.random.default_rng(0)
 
     def step(counts: dict[int, int]) -> object:

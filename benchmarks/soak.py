@@ -67,7 +67,7 @@ def failing_allocations(traffic: CacheTraffic, rng: np.random.Generator) -> int:
 
 def one_round(seed: int, path: Path, counts: Counter[str]) -> None:
     rng = np.random.default_rng(seed)
-    cache = small_cache(seed)
+    cache = small_cache(seed, device="cpu")
     if rng.random() < 0.3:
         cache.enable_events(int(rng.integers(1, 500)))
     traffic = CacheTraffic(cache, seed)
@@ -93,7 +93,7 @@ def one_round(seed: int, path: Path, counts: Counter[str]) -> None:
                 pass
         if rng.random() < 0.3:
             cache.save(path)
-            loaded = KVCache.load(path)
+            loaded = KVCache.load(path, device="cpu")
             loaded.check_integrity()
             assert logical_state(loaded) == logical_state(cache)
             counts["tokens compared"] += traffic.check(loaded)

@@ -27,13 +27,15 @@ EIGHT_BIT: tuple[str, ...] = NAMES[3:]
 _LARGEST = {"float8_e4m3fn": 448.0, "float8_e4m3fnuz": 240.0, "int8": 127.0}
 
 
-def resolve(dtype: object) -> np.dtype[Any]:
+def resolve(dtype: object, name: str = "dtype") -> np.dtype[Any]:
     """Return the NumPy dtype of a cache's elements.
 
     Parameters
     ----------
     dtype : str, type or numpy.dtype
         One of `NAMES`, or the NumPy or ml_dtypes type or dtype of that name, in native byte order.
+    name : str
+        The argument that errors name.
 
     Returns
     -------
@@ -57,18 +59,18 @@ def resolve(dtype: object) -> np.dtype[Any]:
         if known is not None:
             return known
     elif dtype is None:  # NumPy would take it for float64
-        raise TypeError(f"dtype must be one of {', '.join(NAMES)}, got None")
+        raise TypeError(f"{name} must be one of {', '.join(NAMES)}, got None")
     try:
         found = np.dtype(dtype)  # type: ignore[call-overload]
     except TypeError:
         if isinstance(dtype, str):
-            raise ValueError(f"dtype must be one of {', '.join(NAMES)}, got {dtype!r}") from None
-        raise TypeError(f"dtype must be one of {', '.join(NAMES)}, got {dtype!r}") from None
+            raise ValueError(f"{name} must be one of {', '.join(NAMES)}, got {dtype!r}") from None
+        raise TypeError(f"{name} must be one of {', '.join(NAMES)}, got {dtype!r}") from None
     for known in _TYPES.values():
         if found == known:
             return known
     shown = found.name if found.isnative else found.str
-    raise ValueError(f"dtype must be one of {', '.join(NAMES)}, got {shown}")
+    raise ValueError(f"{name} must be one of {', '.join(NAMES)}, got {shown}")
 
 
 def largest_element(dtype: np.dtype[Any]) -> float:

@@ -104,7 +104,7 @@ def check_a_cache_takes_arrays_of_jax() -> None:
     results = []
     for wrap in (np.asarray, jnp.asarray):
         rng = np.random.default_rng(1)
-        cache = KVCache(num_layers=1, num_blocks=8, num_kv_heads=2, head_dim=32, dtype="bfloat16")
+        cache = KVCache(1, 8, 2, 32, dtype="bfloat16", device="cpu")
         cache.add_sequence(5)
         batch = cache.append([5], 20)
         key, value = rng.standard_normal((2, 20, 2, 32)).astype(ml_dtypes.bfloat16)

@@ -21,7 +21,7 @@ BLOCK_SIZE, HEADS, DIM = 4, 2, 64
 
 def make(generation: int) -> KVCache:
     """A cache all of which tells its generation: token, contents, and how many sequences."""
-    cache = KVCache(2, 64, HEADS, DIM, block_size=BLOCK_SIZE, dtype="float32")
+    cache = KVCache(2, 64, HEADS, DIM, block_size=BLOCK_SIZE, dtype="float32", device="cpu")
     for sequence in range(generation % 4 + 1):
         cache.add_sequence(sequence, [generation] * 30)
         batch = cache.append([sequence], 30 - cache.seq_len(sequence))
@@ -33,7 +33,7 @@ def make(generation: int) -> KVCache:
 
 def check(path: Path) -> int:
     """The generation of the snapshot, all of which must be of it."""
-    cache = KVCache.load(path)
+    cache = KVCache.load(path, device="cpu")
     cache.check_integrity()
     generation = int(cache.k_cache(0)[0, 0, 0, 0])
     assert len(cache) == generation % 4 + 1

@@ -95,7 +95,7 @@ def test_without_hip_python() -> None:
 def test_info_as_text_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for expected in (rocmforge.__version__, _cpu.isa(), "HIP devices", "code objects"):
+    for expected in (rocmforge.__version__, _cpu.isa(), "HIP device", "code objects"):
         assert expected in text
     assert main(["info", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import subprocess
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
@@ -95,3 +97,23 @@ def test_kernels_do_not_look_where_they_run() -> None:
             path
         )
         assert "__builtin_amdgcn" not in text
+
+
+def test_zig_compiles_while_pip_isolates_the_build(tmp_path: Path) -> None:
+    """Pip's sitecustomize hides what is installed from every Python below it, ziglang too."""
+    zig, cmake = shutil.which("python-zig"), shutil.which("cmake")
+    if not (zig and cmake):
+        pytest.skip("needs cmake, and ziglang: pip install rocmforge[hip-compiler]")
+    site = tmp_path / "pip-build-env-x" / "site"
+    site.mkdir(parents=True)
+    (site / "sitecustomize.py").write_text("import sys; sys.modules['ziglang'] = None")
+    variables = {"COMPILER": zig, "ARCH": "gfx1100", "OBJECT": str(tmp_path / "x.hsaco"),
+                 "SOURCE": str(SOURCE / "hip" / "probe.hip")}  # fmt: skip
+    done = subprocess.run(
+        [cmake, *(f"-D{name}={value}" for name, value in variables.items()), "-P",
+         str(SOURCE / "hip" / "compile.cmake")],
+        env={**os.environ, "PYTHONPATH": str(site), "PYTHONNOUSERSITE": "1"},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "x.hsaco").read_bytes()[:4] == b"\x7fELF"

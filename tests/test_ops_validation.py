@@ -179,7 +179,7 @@ ATTENTION = [
     ({"query": ones(3, 4, 64, dtype=np.int8)} | eight_bit(INT8), ValueError, "query must be float32, float16 or bfloat16, got int8"),
     ({"k_cache": ones(5, 2, 16, 64, dtype=np.uint8)}, ValueError, "k_cache must have the dtype of query, float32, or be float8_e4m3fn, float8_e4m3fnuz or int8, got uint8; kv_dtype says which float8 uint8 holds"),
     ({"kv_dtype": "int8"}, ValueError, "kv_dtype must be float8_e4m3fn or float8_e4m3fnuz, the types that may come as uint8, got int8"),
-    ({"kv_dtype": "float7"}, ValueError, "dtype must be one of float32, .* got 'float7'"),
+    ({"kv_dtype": "float7"}, ValueError, "kv_dtype must be one of float32, .* got 'float7'"),
     ({"kv_dtype": FLOAT8}, ValueError, "k_cache must be float8_e4m3fn, as kv_dtype says, or uint8, got float32"),
     (eight_bit(FLOAT8, kv_dtype="float8_e4m3fnuz"), ValueError, "k_cache must be float8_e4m3fnuz, as kv_dtype says, or uint8, got float8_e4m3fn"),
     (eight_bit(INT8, v_cache=ones(5, 2, 16, 64)), ValueError, "v_cache must have the dtype of k_cache, int8, got float32"),

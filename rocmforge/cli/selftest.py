@@ -2,13 +2,14 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from rocmforge.cli import info
 from rocmforge.cli.console import CommandError
+from rocmforge.dtypes import EIGHT_BIT, resolve
 
 __all__ = ["add_arguments", "run"]
 
@@ -51,8 +52,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _problem(dtype: str, lengths: list[int], queries: list[int], head_dim: int) -> list[Any]:
-    from rocmforge.dtypes import resolve
-
     rng = np.random.default_rng(0)
     width = -(-max(lengths) // 16)
     table = rng.permutation(len(lengths) * width).astype(np.int32).reshape(len(lengths), width)
@@ -79,23 +78,53 @@ def _attention(
     return test
 
 
-def _write(device: Any) -> float:
+def _same(pairs: Iterable[tuple[Any, np.ndarray[Any, Any]]]) -> float:
+    """Compare arrays on the device with those of the CPU, bit by bit."""
+    for got, want in pairs:
+        if not np.array_equal(got.numpy().view(np.uint8), want.view(np.uint8)):
+            return float("inf")
+    return 0.0
+
+
+def _write(dtype: str) -> Callable[[Any], float]:
+    """Write, quantised if the elements have 8 bits, and attend to what was written."""
+
+    def test(device: Any) -> float:
+        from rocmforge import hip, ops
+
+        rng = np.random.default_rng(0)
+        key, value = rng.standard_normal((2, 100, 2, 64), np.float32)
+        slots = rng.permutation(128)[:100].astype(np.int64)
+        arrays = [np.zeros((8, 2, 16, 64), resolve(dtype)) for _ in range(2)]
+        if dtype in EIGHT_BIT:
+            arrays += [np.ones((8, 2, 16), np.float32) for _ in range(2)]
+        query = rng.standard_normal((1, 8, 64), np.float32)
+        batch = [np.arange(8, dtype=np.int32)[None], np.array([128], np.int32)]
+
+        def results(place: Callable[[Any], Any]) -> tuple[list[Any], Any]:
+            pools = [place(array) for array in arrays]
+            scales = dict(zip(("k_scale", "v_scale"), pools[2:], strict=False))
+            keys, values = pools[:2]
+            ops.write_kv(place(key), place(value), keys, values, place(slots), **scales)
+            table, lengths = (place(array) for array in batch)
+            return pools, ops.paged_attention(place(query), keys, values, table, lengths, **scales)
+
+        want, attended = results(np.copy)
+        got, attended_there = results(lambda array: hip.from_numpy(array, device))
+        error = float(np.abs(attended_there.numpy() - attended).max() / 4e-6)
+        return max(error, _same(zip(got, want, strict=True)))
+
+    return test
+
+
+def _merge(device: Any) -> float:
     from rocmforge import hip, ops
 
     rng = np.random.default_rng(0)
-    key, value = rng.standard_normal((2, 50, 2, 64), np.float32)
-    slots = rng.permutation(128)[:50].astype(np.int64)
-    pools = [np.zeros((8, 2, 16, 64), np.float32) for _ in range(2)]
-    key_there, value_there, k_there, v_there, slots_there = (
-        hip.from_numpy(array, device) for array in (key, value, *pools, slots)
-    )
-    ops.write_kv(key, value, pools[0], pools[1], slots)
-    ops.write_kv(key_there, value_there, k_there, v_there, slots_there)
-    same = all(
-        np.array_equal(got.numpy(), want)
-        for got, want in zip((k_there, v_there), pools, strict=True)
-    )
-    return 0.0 if same else float("inf")
+    states = [rng.standard_normal((9, 3, *dim), np.float32) for dim in ((64,), (), (64,), ())]
+    want, _ = ops.merge_states(*states)
+    got, _ = ops.merge_states(*(hip.from_numpy(array, device) for array in states))
+    return float(np.abs(got.numpy() - want).max() / 4e-6)
 
 
 def _copy(device: Any) -> float:
@@ -104,14 +133,18 @@ def _copy(device: Any) -> float:
     pool = np.random.default_rng(0).standard_normal((16, 2, 16, 64), np.float32)
     moved = hip.from_numpy(pool, device)
     pairs = np.array([[0, 9], [3, 12]], np.int32)
-    ops.copy_blocks(pool, pairs)
-    ops.copy_blocks(moved, pairs)
-    return 0.0 if np.array_equal(moved.numpy(), pool) else float("inf")
+    there = [moved, ops.gather_blocks(moved, pairs[0])]
+    here = [pool, ops.gather_blocks(pool, pairs[0])]
+    for pools, rows in (there, here):
+        ops.copy_blocks(pools, pairs)
+        ops.scatter_blocks(pools, pairs[1], rows)
+    return _same(zip(there, here, strict=True))
 
 
 TESTS: dict[str, Callable[[Any], float]] = {
-    "write": _write,
-    "copy of blocks": _copy,
+    **{f"write, {dtype}": _write(dtype) for dtype in ("float32", *EIGHT_BIT)},
+    "merge of states": _merge,
+    "copies of blocks": _copy,
     "decode, float32": _attention("float32", [300, 17, 1], [1, 1, 1], 64),
     "decode, float16": _attention("float16", [300, 17, 1], [1, 1, 1], 128),
     "decode, bfloat16": _attention("bfloat16", [900, 17, 1], [1, 1, 1], 128),

@@ -50,7 +50,7 @@ cdef int _head_dim(cnp.ndarray a, str name) except -1:
 cdef cnp.ndarray _typed(cnp.ndarray a, str name, cnp.ndarray other, object kv_dtype):
     """One of the caches, float8 where it came as uint8: kv_dtype says which, or the other cache."""
     if kv_dtype is not None:
-        kind = _dtypes.resolve(kv_dtype)
+        kind = _dtypes.resolve(kv_dtype, "kv_dtype")
         if kind.name not in _dtypes.EIGHT_BIT[:2]:
             raise ValueError(f"kv_dtype must be {_FLOAT8}, the types that may come as uint8, got "
                              f"{kind.name}")

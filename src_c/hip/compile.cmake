@@ -8,6 +8,12 @@ if(name MATCHES "python-zig")
   # A script of the source tree: one that each compilation writes is busy when another runs it.
   set(ENV{ROCMFORGE_ZIG} ${COMPILER})
   set(ENV{PATH} "${CMAKE_CURRENT_LIST_DIR}/zig:$ENV{PATH}")
+  # The script is Python, from which pip's isolated builds hide all that is installed.
+  if("$ENV{PYTHONPATH}" MATCHES "/pip-build-env-")
+    string(REGEX REPLACE "[^:]*/pip-build-env-[^:]*:?" "" path "$ENV{PYTHONPATH}")
+    set(ENV{PYTHONPATH} "${path}")
+    unset(ENV{PYTHONNOUSERSITE})
+  endif()
   set(COMPILER ${COMPILER} clang)
 elseif(name MATCHES "hipcc")
   set(ENV{HIP_PLATFORM} amd)

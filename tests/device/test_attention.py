@@ -36,6 +36,27 @@ def test_decode(device, dtype, head_dim, block_size, heads, layout):
     )
 
 
+def test_every_head_dim(device):
+    """All 72, each with a block size of its own."""
+    for i, head_dim in enumerate(range(8, 577, 8)):
+        kinds = {"block_size": 1 + 37 * i % 256, "layout": ("HND", "NHD")[i % 2]}
+        check(make(DTYPES[i % 3], [3, 18], heads=(3, 1), head_dim=head_dim, **kinds), device)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"head_dim": 584}, "query must have a head_dim .* of 8 to 576 in steps of 8"),
+        ({"head_dim": 20}, "query must have a head_dim .* of 8 to 576 in steps of 8"),
+        ({"v_head_dim": 584}, "v_cache must have a head_dim .* of 8 to 576 in steps of 8"),
+    ],
+)
+def test_what_is_not_built(device, shape, message):
+    problem = on(make(FLOAT32, [3], **shape), device)
+    with pytest.raises(ValueError, match=message):
+        problem.call(paged_attention)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [(1, 1), (4, 1), (8, 2), (20, 1), (5, 5)])
 def test_ragged_prefill(device, dtype, heads):

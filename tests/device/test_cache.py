@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -138,6 +140,24 @@ def test_a_stream_of_the_caller(device, rng):
     step(rng, (both[0], gpu), [1], 9)
     with pytest.raises(ValueError, match="stream: expected None"):
         KVCache(**SHAPE, device="cpu", stream=stream)
+
+
+def test_devices_and_streams_in_threads():
+    """Caches on two streams of each device, each used by a thread of its own at the same time."""
+
+    def work(number):
+        device = hip.get_device(number % hip.device_count())
+        rng, stream = np.random.default_rng(number), hip.Stream(device)
+        both = caches(device, stream=stream, dtype="float32")
+        for turn in range(3):
+            for cache in both:
+                cache.add_sequence(turn)
+            step(rng, both, list(range(turn + 1)), 3 + number, on_device=bool(turn % 2))
+        return both[1].device, both[1].num_free_blocks
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(2 * hip.device_count())))
+    assert len(set(found)) == len(found)
 
 
 def test_addresses_stay_for_graphs(device, rng):
@@ -289,6 +309,57 @@ def test_pools_that_do_not_fit(sim, device):
         KVCache(**{**SHAPE, "num_layers": 30, "num_blocks": 20_000}, device=str(device))
     gc.collect()
     assert sim.live() == live
+
+
+def test_memory_runs_out_in_a_step(sim, device, rng):
+    """Sizes are told, nothing leaks, and with memory again the step goes on where it stopped."""
+    arguments = {"num_layers": 1, "num_blocks": 200}
+    key, value = rng.standard_normal((2, 600, 2, 64), np.float32)
+    query = rng.standard_normal((2, 4, 64), np.float32)
+
+    def prepare():
+        both = caches(device, **arguments)
+        for cache in both:
+            cache.add_sequence(1)
+            cache.write(0, key, value, cache.append([1], 600))
+            cache.fork(1, 2)
+        return both
+
+    cpu, gpu = prepare()
+    batch = cpu.append([1, 2], 1)
+    cpu.write(0, key[:2], value[:2], batch)
+    want = cpu.attend(0, query, batch)
+    del cpu, gpu
+    messages = set()
+    for room in [0, 1 << 10, 1 << 11, 1 << 12, 1 << 16]:
+        device.release()
+        gc.collect()
+        live = sim.live()
+        gpu = prepare()[1]
+        device.release()  # scratch memory that is there would do
+        free, total = device.memory_info()
+        batch = gpu.append([1, 2], 1)
+        for call in (
+            lambda gpu=gpu, batch=batch: gpu.write(0, key[:2], value[:2], batch),
+            lambda gpu=gpu, batch=batch: gpu.attend(0, query, batch),
+        ):
+            sim.set_memory(total - free + room)
+            try:
+                got = call()
+            except DeviceError as error:
+                messages.add(str(error))
+                gpu.check_integrity()
+                sim.set_memory(1 << 30)
+                got = call()
+        np.testing.assert_allclose(got, want, atol=2e-6, rtol=2e-6)
+        sim.set_memory(1 << 30)
+        del gpu, batch, call
+        device.release()
+        gc.collect()
+        assert sim.live() == live
+    assert len(messages) >= 4
+    for message in messages:
+        assert re.match(r"hipMalloc: \d+ bytes of device memory on hip:\d \(\d+ of \d+", message)
 
 
 def test_every_call_of_a_step_may_fail(sim, device, rng):

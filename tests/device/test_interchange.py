@@ -11,8 +11,8 @@ import pytest
 from device_cases import attend, on, up
 from exchange import Exchanged, offer
 from foreign import CPU, CUDA, READ_ONLY, ROCM, ROCM_HOST, Foreign, cut, foreign
-from ops_cases import BFLOAT16, FLOAT32, bits, make
-from rocmforge import KVCache, hip, ops
+from ops_cases import BFLOAT16, FLOAT8, FLOAT8UZ, FLOAT32, INT8, bits, make
+from rocmforge import KVCache, hip, ops, reference
 from rocmforge.hip import _driver
 
 EVERY = ("query", "k_cache", "v_cache", "block_table", "seq_lens")
@@ -95,6 +95,107 @@ def test_8_bit_caches(device, rng, name, as_bytes):
     if as_bytes:
         gc.collect()
         assert plain.given == plain.taken_back == 1
+
+
+def as_bytes(problem, *names):
+    return problem.but(**{name: getattr(problem, name).view(np.uint8) for name in names})
+
+
+@pytest.mark.parametrize(
+    "form", [up, lambda x, device: Foreign(up(x, device))], ids=["ours", "foreign"]
+)
+@pytest.mark.parametrize("kv_dtype", [FLOAT8, FLOAT8UZ], ids=str)
+def test_float8_that_comes_as_bytes(device, kv_dtype, form):
+    """What `kv_dtype` says of both caches, or what one of them is."""
+    for scales, queries in (("token", [2, 1]), ("head", None), ("scalar", [9, 1])):
+        problem = make(FLOAT32, [40, 7], queries, heads=(4, 2), kv_dtype=kv_dtype, scales=scales)
+        want = problem.call(reference.paged_attention)
+        moved = on(problem, device)
+        for plain, how in ((("k_cache", "v_cache"), kv_dtype.name), (("v_cache",), None)):
+            raw = as_bytes(problem, *plain)
+            caches = {name: form(getattr(raw, name), device) for name in plain}
+            got = moved.but(**caches).call(ops.paged_attention, kv_dtype=how)
+            np.testing.assert_allclose(got.numpy(), want, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("kv_dtype", [FLOAT8, FLOAT8UZ], ids=str)
+def test_float8_is_written_to_bytes(device, rng, kv_dtype):
+    key, value = rng.standard_normal((2, 9, 2, 24), np.float32)
+    slots = rng.permutation(48)[:9].astype(np.int64)
+    want = np.zeros((2, 3, 2, 16, 24), kv_dtype)
+    scale = np.array([0.01, 0.03], np.float32)
+    reference.write_kv(key, value, *want, slots, k_scale=scale, v_scale=0.5)
+    there = [up(x, device) for x in (key, value, slots)]
+    for how in (kv_dtype, None):  # None: the keys' cache decides
+        pools = [hip.zeros(want.shape[1:], np.uint8, device) for _ in range(2)]
+        k, v = (Foreign(pool) for pool in pools)
+        if how is None:
+            k = pools[0].view(kv_dtype)
+        ops.write_kv(
+            *there[:2], k, v, there[2], k_scale=up(scale, device), v_scale=0.5, kv_dtype=how
+        )
+        for pool, expected in zip(pools, want, strict=True):
+            np.testing.assert_array_equal(pool.numpy(), expected.view(np.uint8))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e4m3fnuz", "int8"])
+def test_pools_of_an_8_bit_cache_are_read_by_others(device, rng, dtype):
+    """Through DLPack as bytes, as a library without float8 has them, with the cache's own table."""
+    arguments = {"num_layers": 1, "num_blocks": 9, "num_kv_heads": 2, "head_dim": 16,
+                 "block_size": 4, "dtype": dtype}  # fmt: skip
+    host, cache = (KVCache(**arguments, device=name) for name in ("cpu", str(device)))
+    key, value = rng.standard_normal((2, 11, 2, 16), np.float32)
+    query = rng.standard_normal((11, 4, 16), np.float32)
+    for one in (host, cache):
+        one.add_sequence(1)
+        batch = one.append([1], 11)
+        one.write(0, key, value, batch)
+        found = one.attend(0, query, batch)
+    pools = [cache.k_cache(0), cache.v_cache(0)]
+    options = dict(zip(("k_scale", "v_scale"), cache.scales(0), strict=True))
+    if dtype != "int8":
+        pools = [Foreign(pool.view(np.uint8)) for pool in pools]
+        options["kv_dtype"] = dtype
+    table, lens = up(cache.block_table, device), up(np.array([11], np.int32), device)
+    cu = up(np.array([0, 11], np.int32), device)
+    got = ops.paged_attention(up(query, device), *pools, table, lens, cu, **options)
+    np.testing.assert_array_equal(got.numpy(), found)
+    options = dict(zip(("k_scale", "v_scale"), host.scales(0), strict=True))
+    want = reference.paged_attention(
+        *(query, host.k_cache(0), host.v_cache(0), host.block_table),
+        *(np.array([11], np.int32), np.array([0, 11], np.int32)),
+        **options,
+    )
+    np.testing.assert_allclose(found, want, atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("stored", "kv_dtype", "message"),
+    [
+        (FLOAT8, None, "k_cache must have the dtype of .*, float32, .* got uint8; kv_dtype says"),
+        (FLOAT8, "int8", "kv_dtype must be float8_e4m3fn or float8_e4m3fnuz, .* got int8"),
+        (FLOAT8, "float7", "kv_dtype must be one of float32, .* got 'float7'"),
+        (FLOAT8, "float8_e5m2", "kv_dtype must be one of float32, .* got float8_e5m2"),
+        (INT8, "float8_e4m3fn", "v_cache must be float8_e4m3fn, as kv_dtype says, .* got int8"),
+        (FLOAT8UZ, FLOAT8, "v_cache must be float8_e4m3fn, as kv_dtype says, .* got .*fnuz"),
+    ],
+)
+def test_what_bytes_cannot_be(device, stored, kv_dtype, message):
+    """The keys come as bytes; the values too where no type is said, else typed."""
+    problem = make(FLOAT32, [40], heads=(4, 2), kv_dtype=stored, scales="scalar")
+    names = ("k_cache",) if stored != FLOAT8 else ("k_cache", "v_cache")
+    moved = on(as_bytes(problem, *names), device)
+    before = [cache.numpy() for cache in (moved.k_cache, moved.v_cache)]
+    with pytest.raises(ValueError, match=message):
+        moved.call(ops.paged_attention, kv_dtype=kv_dtype)
+    key, slots = up(np.ones((1, 2, 64), np.float32), device), up(np.zeros(1, np.int64), device)
+    with pytest.raises(ValueError, match=message):
+        ops.write_kv(
+            *(key, key, moved.k_cache, moved.v_cache, slots),
+            k_scale=1.0, v_scale=1.0, kv_dtype=kv_dtype,
+        )  # fmt: skip
+    for cache, was in zip((moved.k_cache, moved.v_cache), before, strict=True):
+        np.testing.assert_array_equal(bits(cache.numpy()), bits(was))
 
 
 def test_a_cache_takes_them_and_its_pools_go_out(device, rng):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from rocmforge import KVCache
+from rocmforge import KVCache, ops
 from rocmforge.cli import main
 from rocmforge.errors import OutOfBlocksError
 
@@ -67,9 +66,17 @@ def test_soak(device, rng):
         both[1].check_integrity()
 
 
-def test_selftest(capsys):
-    assert main(["selftest"]) == 0
+def test_selftest(device, capsys):
+    assert main(["selftest", "--device", str(device)]) == 0
     assert "everything passed" in capsys.readouterr().out
+
+
+def test_selftest_tells_what_failed(capsys, monkeypatch):
+    monkeypatch.setattr(ops, "merge_states", lambda *_: (_ for _ in ()).throw(ValueError("oh")))
+    assert main(["selftest"]) == 1
+    text = capsys.readouterr().out
+    assert "merge of states          FAILED  ValueError: oh" in text
+    assert "1 of 12 failed" in text
     assert main(["selftest", "--device", "cpu"]) == 1
     assert "of HIP devices" in capsys.readouterr().err
 
@@ -92,7 +99,9 @@ def test_demo_on_a_device(capsys, tmp_path):
     assert "passed" in capsys.readouterr().out
 
 
-def test_benchmark():
-    if os.environ.get("RF_SIMULATED"):
-        pytest.skip("measures nothing on a simulated device")
-    subprocess.run([sys.executable, str(BENCHMARK), "--quick"], check=True)
+def test_benchmark(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    monkeypatch.setattr(sys, "argv", [str(BENCHMARK), "--quick"])
+    runpy.run_path(str(BENCHMARK), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()[3:]
+    assert {row.partition(",")[0] for row in rows} == {"decode", "prefill", "write"}
