@@ -11,18 +11,22 @@ issue    cycles that a SIMD unit needs to issue one round of the loop (LLVM's sc
 flight   half of the bytes of a round (a wave waits for its keys, or for its values) in all waves
          that a compute unit holds, over bandwidth x latency. Above 1, enough is under way.
 
+Where waves of a workgroup have different rows, they read the same keys and values: memory gives
+them once, and each wave counts for its part of them alone. The last column says which claim a row
+misses, and which kind of instruction most of its loop is.
+
 The loop is the cheapest way around it: no mask, no soft cap, no rescaling. Latency is an assumption
 (--latency), not a published figure. Nothing here ran on a GPU.
 
 Needs code objects (ROCMFORGE_HIP_ARCHS=all), llvm-objdump and llvm-mca of LLVM 19 or newer; prints
-the floors alone without them.
+the floors alone without them. LLVM 19 does not know gfx950.
 
-Sources of rates, all AMD's product pages and data sheets (2026-11): Instinct MI250X (one of two
-dies: 110 compute units, 1.7 GHz, 1.6 TB/s, 191.5 TFLOP/s of float16 matrix), MI300X (304, 2.1 GHz,
-5.3 TB/s, 1,307), MI355X (256, 2.4 GHz, 8 TB/s, 2,517), Radeon RX 6900 XT (80, 2.25 GHz, 512 GB/s,
-no matrix unit: 23.0 TFLOP/s of float32), RX 7900 XTX (96, 2.5 GHz, 960 GB/s, 123), RX 9060 XT (32,
-3.13 GHz, 320 GB/s, 103), RX 9070 XT (64, 2.97 GHz, 640 GB/s, 195), Ryzen AI Max+ 395 (40, 2.9 GHz,
-256 GB/s, 59).
+Sources, read in 2026-11: compute units, highest clock and bandwidth from AMD's product pages and
+data sheets (Instinct MI250X, of which one die is half; MI300X; MI355X; Radeon RX 6900 XT, 7900 XTX,
+9060 XT, 9070 XT; Ryzen AI Max+ 395). Operations of a compute unit in a cycle, float16 matrix and
+dense: AMD's white papers on CDNA 2 (1,024), CDNA 3 (2,048) and CDNA 4 (4,096), and on RDNA 3 (512)
+and RDNA 4 (1,024); RDNA 2 has no matrix unit and 128 of float32. Units x clock x operations are the
+peaks that the product pages give: 191.5 (a die), 1,307, 2,517, 23.0, 123, 103 and 195 TFLOP/s.
 """
 
 import argparse
@@ -52,19 +56,24 @@ class Chip:
     units: int  # compute units
     clock: float  # GHz
     bandwidth: float  # GB/s
-    rate: float  # TFLOP/s, dense, of float16 by matrix instructions (gfx1030: float32)
+    operations: int  # of a compute unit in a cycle
     simds: int = 2  # of a compute unit; a wave of 64 is issued over 4 cycles on 4 of them
+
+    @property
+    def rate(self) -> float:
+        """TFLOP/s."""
+        return self.units * self.clock * self.operations / 1e3
 
 
 CHIPS = {
-    "gfx90a": Chip("MI250X, one die", 110, 1.7, 1638, 191.5, 4),
-    "gfx942": Chip("MI300X", 304, 2.1, 5300, 1307, 4),
-    "gfx950": Chip("MI355X", 256, 2.4, 8000, 2517, 4),
-    "gfx1030": Chip("RX 6900 XT", 80, 2.25, 512, 23.0),
-    "gfx1100": Chip("RX 7900 XTX", 96, 2.5, 960, 123),
-    "gfx1151": Chip("Ryzen AI Max+ 395", 40, 2.9, 256, 59),
-    "gfx1200": Chip("RX 9060 XT", 32, 3.13, 320, 103),
-    "gfx1201": Chip("RX 9070 XT", 64, 2.97, 640, 195),
+    "gfx90a": Chip("MI250X, one die", 110, 1.7, 1638.4, 1024, 4),
+    "gfx942": Chip("MI300X", 304, 2.1, 5300, 2048, 4),
+    "gfx950": Chip("MI355X", 256, 2.4, 8000, 4096, 4),
+    "gfx1030": Chip("RX 6900 XT", 80, 2.25, 512, 128),
+    "gfx1100": Chip("RX 7900 XTX", 96, 2.5, 960, 512),
+    "gfx1151": Chip("Ryzen AI Max+ 395", 40, 2.9, 256, 512),
+    "gfx1200": Chip("RX 9060 XT", 32, 3.13, 320, 1024),
+    "gfx1201": Chip("RX 9070 XT", 64, 2.97, 640, 1024),
 }
 
 
@@ -235,7 +244,7 @@ def issue_cycles(tool: str, arch: str, loop: list[Instruction]) -> tuple[float, 
 
 def kernel_name(shape: Shape, arch: str) -> tuple[str, str]:
     """Family and name of the kernel that serves the shape."""
-    matrix = arch != "gfx1030" and shape.size == 2 and shape.head_dim in (64, 128)
+    matrix = arch != "gfx1030" and shape.size == 2 and shape.head_dim in (64, 128, 256)
     prefix = "paged_attention_matrix" if matrix else "paged_attention"
     return "matrix" if matrix else "attention", f"{prefix}_{shape.element}_d{shape.head_dim}"
 
@@ -248,6 +257,13 @@ def round_bytes(shape: Shape, family: str, wave_size: int) -> int:
     if family == "matrix":
         return 2 * wave_size // 2 * shape.head_dim * shape.size
     return 2 * wave_size * 4 * 8 * shape.size
+
+
+def sharing_waves(shape: Shape, family: str) -> int:
+    """Waves of a workgroup that read the same keys and values, as they have different rows."""
+    rows = shape.tokens * shape.heads // shape.kv_heads
+    of_a_wave = 16 if family == "matrix" else 4 if shape.head_dim <= 128 else 2
+    return 1 if rows <= of_a_wave else 2 if rows <= 2 * of_a_wave else 4
 
 
 def floors(shapes: list[Shape]) -> None:
@@ -307,11 +323,15 @@ def loops(
                 re.search(r"_(\d+)x(\d+)x(\d+)", i.name) for i in loop if i.kind == "matrix"
             ]
             matrix_operations = sum(2 * int(m[1]) * int(m[2]) * int(m[3]) for m in shapes_of if m)
-            rate = chip.rate * 1e3 / chip.units / chip.simds / chip.clock  # a cycle
-            issue = max(issue, matrix_operations / rate)
+            issue = max(issue, matrix_operations * chip.simds / chip.operations)
             a_simd = chip.bandwidth / chip.units / chip.simds / chip.clock  # bytes a cycle
             waves = kernel.waves * chip.simds
-            needed = chip.bandwidth / chip.units * latency
+            its_bytes = nbytes / sharing_waves(shape, family)
+            of_memory = issue * a_simd / its_bytes
+            flight = its_bytes / 2 * waves / (chip.bandwidth / chip.units * latency)
+            missed = ["issue"] * (of_memory >= 1) + ["flight"] * (flight < 1)
+            most, times = count.most_common(1)[0]
+            why = f"{' and '.join(missed)}: {times} of {len(loop)} are {most}" if missed else ""
             rows.append(
                 (
                     str(shape),
@@ -320,16 +340,17 @@ def loops(
                     *(f"{count[kind] * 1024 / nbytes:.1f}" for kind in kinds),
                     f"{issue:.0f}",
                     f"{alone:.0f}",
-                    f"{nbytes / a_simd:.0f}",
-                    f"{issue * a_simd / nbytes:.2f}",
+                    f"{its_bytes / a_simd:.0f}",
+                    f"{of_memory:.2f}",
                     f"{waves}",
-                    f"{nbytes / 2 * waves / needed:.1f}",
+                    f"{flight:.1f}",
+                    why,
                 )
             )
     print_table(
         [
             *("decode", "kernel", "bytes", *kinds),
-            *("issue", "alone", "memory", "issue/memory", "waves", "flight"),
+            *("issue", "alone", "memory", "issue/memory", "waves", "flight", "misses"),
         ],
         rows,
     )

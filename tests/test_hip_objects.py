@@ -23,7 +23,9 @@ ATTENTION = {
     for size in (64, 128, 256, 512, 576)
 } | {"paged_attention_reduce_r4", "paged_attention_reduce_r2"}
 MATRIX = {
-    f"paged_attention_matrix_{storage}_d{size}" for storage in ("f16", "bf16") for size in (64, 128)
+    f"paged_attention_matrix_{storage}_d{size}"
+    for storage in ("f16", "bf16")
+    for size in (64, 128, 256)
 } | {"paged_attention_matrix_reduce"}
 WITH_MATRIX = re.compile("gfx(90a|94|95|11|12)")
 FAMILIES = {

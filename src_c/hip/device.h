@@ -12,13 +12,14 @@
  *   shuffle_xor<mask>(x), any(x)            all lanes of the wave must take part
  *   load<T>(p), store(p, x)                 any alignment of the element's own or better
  *   exp2, log2, half_to_float ...           the hardware's
- *   uniform(x), uniform_load<T>(p)          x is the same in all lanes; so is p, and nobody writes
- * *p halves<high>(a, b)                      the low or the high 16 bits of a, then those of b
+ *   uniform(x)                              x, which is the same in all lanes
+ *   uniform_load<T>(p)                      *p, which nobody writes meanwhile; p likewise
+ *   halves<high>(a, b)                      the low or the high 16 bits of a, then those of b
  *   opaque(x)                               x, of which the compiler does not know that it is
  *   keep_order()                            the compiler moves no instruction across
- *   MATRIX, multiply<dtype>(a, b, c)        the chip's matrix instruction and its lane layout
- * (matrix.h) HARDWARE_FP8, fp8_pair<high>(word, out) the float8 encoding that the chip itself
- * converts to float, two of a word's four bytes at once; -1: neither
+ *   MATRIX, multiply<dtype>(a, b, c)        the chip's matrix unit (matrix.h); c += a * b
+ *   HARDWARE_FP8, fp8_pair<high>(word, out) the float8 encoding that the chip itself converts to
+ *                                           float, two of a word's four bytes at once; -1: neither
  */
 #ifndef RF_HIP_DEVICE_H
 #define RF_HIP_DEVICE_H

@@ -4,9 +4,9 @@
  * of the sums, and row `row()` of A; the lanes of a column are told apart by `group()`.
  *
  *            GROUPS  SLOTS  DEPTH   rows of the sums that a lane has
- *   MFMA       4       8     32     4 * group + i     (gfx90a, gfx942: two instructions of depth
- * 16) WMMA 11    2      16     16     8 * group + i     (the hardware's 2 * i + group, for rows of
- * A WMMA 12    2       8     16     8 * group + i      given in another order: see row())
+ *   MFMA        4      8      32    4 * group + i   (gfx90a, gfx942: two instructions)
+ *   WMMA 11     2     16      16    8 * group + i   (the hardware's 2 * i + group: see row())
+ *   WMMA 12     2      8      16    8 * group + i
  *
  * The elements that a product contracts may come in any order that A and B agree on. So an operand
  * is what a lane reads in 16 bytes: eight neighbours (gfx11: sixteen, the same in both groups). And

@@ -1,20 +1,19 @@
 /* Attention by matrix instructions: decode, verification and prefill of 16-bit caches whose heads
- * have 64 or 128 elements. Mathematics, rows, tiles and splits are those of attention.hip.
+ * have 64, 128 or 256 elements. Mathematics, rows, tiles and splits are those of attention.hip.
  *
- * Work: a workgroup has a tile of up to RF_MATRIX_ROWS rows. A wave has 16 of them as the columns
- * of its tiles of sums, or, where the workgroup has more than 32 and registers allow (MAX_R), 32.
- * What waves are left take turns at the tokens: four with up to 16 rows, two and two with more,
- * none with more than 32 of 16 each. Keys and values that a wave reads serve all its rows.
+ * Work: a workgroup has a tile of up to RF_MATRIX_ROWS rows; a wave has 16 of them as the columns
+ * of its tiles of sums. What waves are left take turns at the tokens: all four with up to 16 rows,
+ * two and two with up to 32. Keys and values that a wave reads serve all its rows.
  *
  * A step is STEP context tokens: logits^T = keys * query^T, then out^T += values^T * p^T, where the
  * probabilities go from the sums of the first product to the operand of the second in the registers
  * of their lanes (matrix.h). Keys come as operands from memory, 16 bytes a lane and load: lane
  * (column, group) reads eight neighbouring elements of the token that is its row. Values come as
- * eight (64 elements a head: four) neighbouring elements of the SLOTS tokens that
- * a lane contracts, and are transposed by v_perm: the columns of that patch are operands of as many
- * products, whose row is the lane's piece of the head. So a lane's sums are whole pieces of its own
- * query row, which leave in 16 bytes. Only the query lies in LDS, read again in each step; in the
- * end the waves' states pass through it.
+ * WIDTH neighbouring elements of the SLOTS tokens that a lane contracts, and are transposed by
+ * v_perm: the columns of that patch are operands of as many products, whose row is the lane's piece
+ * of the head. So a lane's sums are whole pieces of its own query row, which leave in 16 bytes.
+ * Only the query lies in LDS, read again in each step; in the end the waves' states pass through
+ * it.
  *
  * A step is steady when its blocks hold 16 tokens each that all rows see: then addresses are
  * scalar, and ids are read two steps ahead. Where registers allow (AHEAD) keys and values of the
@@ -28,15 +27,15 @@
  * A token that some row of a wave sees must have finite values: a row that does not see it weighs
  * them with 0. Those of tokens past the ends or in holes are set to zero.
  *
- * LDS: 64 rows of the query: 8, 16 KiB.
+ * LDS: 64 rows of the query: 8, 16 or 32 KiB.
  *
  * Nothing here was timed on a GPU. Versions tried, vector registers for 128 elements of bfloat16 on
  * gfx942 and gfx1100 (256 is the most that gfx1100 has):
  *   steady and guarded steps as two loops, 32 rows a wave     340   256, 646 spilled
  *   16 rows a wave                                            216   256, 113 spilled
  *   keys and values of one step at a time on gfx11            208   256: two copies of the sums
- *   one loop, the steps' difference in how they read          212   256, 47 spilled: operands made
- * early each product pinned to its place, query read from LDS     160   181: what is here
+ *   one loop, the steps' difference in how they read          212   256, 47 spilled
+ *   each product pinned to its place, query read from LDS     160   181: what is here
  *   and 32 rows a wave for prefill on gfx942                  212   7 scalars spilled */
 #include "attention.h"
 #include "matrix.h"
@@ -45,11 +44,12 @@ namespace rf {
 
 template <int DTYPE, int DIM> struct MatrixAttention {
     static constexpr int UNITS = DIM / DEPTH; /* operands of a vector */
-    /* Elements of a piece. gfx11 gives operands twice, so that two of 8 do not fit registers. */
+    /* Elements of a value's piece: a vector has PIECES of 16 lanes. gfx11 gives operands twice, and
+     * has no registers for eight elements of that beside the sums of 256. */
     static constexpr int WIDTH = DIM == 64 || (DIM == 256 && WHOLE) ? 4 : 8;
-    static constexpr int PIECES = DIM / 16 / WIDTH; /* of a lane */
-    static constexpr int TILES = DIM / 16;          /* tiles of sums */
-    static constexpr int STEP = DEPTH;              /* tokens */
+    static constexpr int PIECES = DIM / 16 / WIDTH;
+    static constexpr int TILES = DIM / 16; /* tiles of sums */
+    static constexpr int STEP = DEPTH;     /* tokens */
     static constexpr float LAG = 8;
     /* Keys and values of the next step are read during this one where registers allow: words of
      * the sums, of keys and of values. */
@@ -62,7 +62,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         };
     };
 
-    /* Of a step; of heads of 256 elements a part at a time. */
+    /* Of a step: one of PIECES parts. */
     struct Keys {
         Operand a[SUBTILES][UNITS / PIECES];
     };
@@ -73,7 +73,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
      * vectors begin at k, v. Uniform. */
     struct Step {
         int first;
-        bool steady;
+        int steady; /* no bool: the padding after it was copied through scratch memory */
         const char *k[SUBTILES], *v[SUBTILES];
     };
 
@@ -143,10 +143,10 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     RF_DEVICE_MEMBER Step step_at(int first, const int *ids) const {
         Step step;
         step.first = first;
-        step.steady = true;
+        step.steady = 1;
         RF_UNROLL
         for (int s = 0; s < SUBTILES; s++) {
-            step.steady &= checked(ids[s]) >= 0;
+            step.steady &= (int)(checked(ids[s]) >= 0);
             step.k[s] = vector_at(a.p.k, ids[s], first + 16 * s);
             step.v[s] = vector_at(a.p.v, ids[s], first + 16 * s);
         }

@@ -175,8 +175,8 @@ MUTATIONS = [
         "maximum replaced without rescaling",
         "matrix",
         "matrix.hip",
-        "sums[r][t].x[i] *= scale;",
-        "sums[r][t].x[i] *= 1.0f;",
+        "sums[t].x[i] *= scale;",
+        "sums[t].x[i] *= 1.0f;",
     ),
     (
         "padding slot not skipped",

@@ -13,8 +13,6 @@ from device_cases import FEATURES, attend, check, on, up
 from ops_cases import BFLOAT16, FLOAT16, FLOAT32, bits, make, tree_mask
 from rocmforge.ops import paged_attention
 
-TYPES = (FLOAT16, BFLOAT16)
-
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "heads", "block_size", "layout"),
@@ -113,7 +111,8 @@ def test_who_takes_a_call(device):
     for dtype, head_dim, unit in (
         (FLOAT16, 64, True),
         (BFLOAT16, 128, True),
-        (BFLOAT16, 256, False),
+        (BFLOAT16, 256, True),
+        (BFLOAT16, 512, False),
         (FLOAT16, 72, False),
         (FLOAT32, 64, False),
     ):

@@ -139,8 +139,10 @@ static_assert(sizeof(rf_table_launch) == 3104, "rf_table_launch is shared with d
 #define RF_MATRIX_INSTANCES(X)                                                                     \
     X(f16, RF_F16, 64)                                                                             \
     X(f16, RF_F16, 128)                                                                            \
+    X(f16, RF_F16, 256)                                                                            \
     X(bf16, RF_BF16, 64)                                                                           \
-    X(bf16, RF_BF16, 128)
+    X(bf16, RF_BF16, 128)                                                                          \
+    X(bf16, RF_BF16, 256)
 /* Rows of a wave in an instance with that many chunks a lane: registers are what bounds them. */
 #define RF_ROWS_OF(chunks) ((chunks) == 1 ? RF_WAVE_ROWS : RF_WAVE_ROWS / 2)
 
