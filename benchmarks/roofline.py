@@ -225,7 +225,7 @@ def issue_cycles(tool: str, arch: str, loop: list[Instruction]) -> tuple[float, 
     body = [i.text for i in loop if not i.name.startswith(("s_cbranch", "s_branch", "s_setpc"))]
     source = "\n".join(re.sub(r"s_wait\w* .*|s_delay_alu .*", "s_nop 0", line) for line in body)
     done = subprocess.run(
-        [tool, "-mtriple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-iterations=100"],
+        [tool, "-mtriple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-iterations=10"],
         input=source,
         capture_output=True,
         text=True,
@@ -236,7 +236,7 @@ def issue_cycles(tool: str, arch: str, loop: list[Instruction]) -> tuple[float, 
     if throughput is None or total is None:
         raise RuntimeError(done.stderr[:300])
     scale = 4 if arch.startswith("gfx9") else 1  # LLVM counts passes of a wave of 64 there
-    return float(throughput[1]) * scale, int(total[1]) / 100 * scale
+    return float(throughput[1]) * scale, int(total[1]) / 10 * scale
 
 
 # ---------------------------------------------------------------- tables

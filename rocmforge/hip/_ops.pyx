@@ -16,10 +16,9 @@ from rocmforge.hip._driver cimport (
     Device, fill_bytes, fill_words, launch, stream_handle)
 from rocmforge.hip._launch cimport (
     RF_COPY_GATHER, RF_COPY_PAIRS, RF_COPY_POOLS, RF_COPY_SCATTER, RF_COPY_WITHIN, RF_MATRIX_ROWS,
-    RF_MAX_SPLITS,
-    RF_PART_TOKENS, RF_ROWS_OF, RF_SPLIT_ROWS, RF_SPLIT_STEP, RF_TABLE_ENTRIES, RF_TILE_ROWS,
-    RF_WAVES, RF_WRITE_LANES, rf_attention_launch, rf_copy_launch, rf_divisor_of, rf_merge_launch,
-    rf_table_launch, rf_write_launch)
+    RF_MAX_SPLITS, RF_PART_TOKENS, RF_ROWS_OF, RF_SPLIT_ROWS, RF_SPLIT_STEP, RF_TABLE_ENTRIES,
+    RF_TILE_ROWS, RF_WAVES, RF_WRITE_LANES, rf_attention_launch, rf_copy_launch, rf_divisor_of,
+    rf_merge_launch, rf_table_launch, rf_write_launch)
 from rocmforge.ops cimport _cpu
 from rocmforge.ops._arguments cimport (
     as_scale, read_attention, read_batch, read_blocks, read_logits, read_mask, read_merge,

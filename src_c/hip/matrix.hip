@@ -146,7 +146,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         step.steady = 1;
         RF_UNROLL
         for (int s = 0; s < SUBTILES; s++) {
-            step.steady &= (int)(checked(ids[s]) >= 0);
+            step.steady &= checked(ids[s]) >= 0;
             step.k[s] = vector_at(a.p.k, ids[s], first + 16 * s);
             step.v[s] = vector_at(a.p.v, ids[s], first + 16 * s);
         }
@@ -327,11 +327,12 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             k.read_ids(first + stride, ids);
             for (;;) {
                 Sums x[SUBTILES] = {};
-                bool more = step.first + stride < k.end;
-                Step next = step; /* after the last step: once more what is there */
-                if (more) next = k.step_at(step.first + stride, ids);
-                k.read_ids(step.first + 2 * stride, ids);
+                int after = step.first + stride;
+                bool more = after < k.end;
                 if constexpr (AHEAD) {
+                    Step next = step; /* after the last step: once more what is there */
+                    if (more) next = k.step_at(after, ids);
+                    k.read_ids(after + stride, ids);
                     multiply_keys(keys, 0, x);
                     keep_order();
                     k.read_keys(next, 0, keys);
@@ -340,6 +341,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                     add_values(values, 0, p);
                     keep_order();
                     k.read_values(next, 0, values);
+                    step = next;
                 } else {
                     RF_UNROLL
                     for (int piece = 0; piece < PIECES; piece++) {
@@ -358,9 +360,10 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                         add_values(values, piece, p);
                     }
                     keep_order();
+                    step = k.step_at(after, ids);
+                    k.read_ids(after + stride, ids);
                 }
                 if (!more) return;
-                step = next;
             }
         }
 

@@ -151,11 +151,11 @@ MUTATIONS = [
         "mine",
     ),
     (
-        "a lane's elements of a key in another order than the query's",
+        "a lane's elements of a key are those of another group",
         "matrix",
-        "matrix.hip",
-        "p + 32 * WIDTH * piece + 2 * DEPTH * u + 16 * i",
-        "p + 32 * WIDTH * piece + 2 * DEPTH * u + 16 * (SLOTS / 8 - 1 - i) + 2",
+        "matrix.h",
+        "WHOLE ? 0 : 8 * group()",
+        "WHOLE ? 0 : 8 * (GROUPS - 1 - group())",
     ),
     (
         "query overwritten while it is read",
