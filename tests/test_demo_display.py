@@ -72,7 +72,7 @@ def test_plain_answers_lose_blanks_at_the_start_and_control_characters():
 @pytest.mark.parametrize("rows", [5, 12, 40])
 def test_live_answers_grow_together(monkeypatch, rows):
     size = os.terminal_size((20, rows))
-    monkeypatch.setattr(streaming.shutil, "get_terminal_size", lambda: size)
+    monkeypatch.setattr(streaming, "get_terminal_size", lambda: size)
     terminal = Terminal()
     display = LiveDisplay(terminal, ["one?", "two?"])
     display.feed(0, " alpha")

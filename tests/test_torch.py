@@ -205,32 +205,47 @@ def step(query, key, k_cache, v_cache, slots, table, lens, scale):
     return out + 1, lse.exp(), rows.sum()
 
 
+def assert_same_step(other_step, dtype, num_seqs):
+    """`step` and another form of it give the same results and leave the same in the cache."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(num_seqs, num_seqs, 16, generator=generator)
+    key = torch.randn(num_seqs, 1, 16, generator=generator)
+    table = torch.randperm(2 * num_seqs, generator=generator, dtype=torch.int32).view(-1, 2)
+    lens = torch.arange(num_seqs, dtype=torch.int32) + 1
+    slots = table[:, 0].long() * 4 + lens - 1
+    scale = None if dtype == FLOAT32 else 0.05
+    kind = tensor(np.empty(0, dtype)).dtype
+    caches = [[torch.zeros(2 * num_seqs, 1, 4, 16, dtype=kind) for _ in "kv"] for _ in "ab"]
+    want = step(query, key, *caches[0], slots, table, lens, scale)
+    got = other_step(query, key, *caches[1], slots, table, lens, scale)
+    for a, b in zip([*want, *caches[0]], [*got, *caches[1]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+    assert caches[1][0].any()
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("dtype", [FLOAT32, INT8], ids=str)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_a_compiled_graph_is_whole(dtype, dynamic):
     torch._dynamo.reset()
-    generator = torch.Generator().manual_seed(0)
-    scale = None if dtype == FLOAT32 else 0.05
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for num_seqs in (3, 4):
-        query = torch.randn(num_seqs, num_seqs, 16, generator=generator)
-        key = torch.randn(num_seqs, 1, 16, generator=generator)
-        table = torch.randperm(2 * num_seqs, generator=generator, dtype=torch.int32).view(-1, 2)
-        lens = torch.arange(num_seqs, dtype=torch.int32) + 1
-        slots = table[:, 0].long() * 4 + lens - 1
-        caches = [
-            [
-                torch.zeros(2 * num_seqs, 1, 4, 16, dtype=tensor(np.empty(0, dtype)).dtype)
-                for _ in "kv"
-            ]
-            for _ in "ab"
-        ]
-        want = step(query, key, *caches[0], slots, table, lens, scale)
-        got = compiled(query, key, *caches[1], slots, table, lens, scale)
-        for a, b in zip([*want, *caches[0]], [*got, *caches[1]], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-        assert caches[1][0].any()
+        assert_same_step(compiled, dtype, num_seqs)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, INT8], ids=str)
+def test_subclasses_of_tensors_go_through_the_operators(dtype):
+    """A parameter, as any tensor that is more than its memory, is PyTorch's to take apart."""
+
+    def step_of_parameters(*arguments):
+        return step(
+            *(
+                torch.nn.Parameter(x, requires_grad=False) if isinstance(x, torch.Tensor) else x
+                for x in arguments
+            )
+        )
+
+    assert_same_step(step_of_parameters, dtype, 3)
 
 
 def test_graphs_have_no_stream_and_no_workspace():

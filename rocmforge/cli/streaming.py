@@ -5,10 +5,10 @@ come one after the other: the first as it is produced, the others as soon as the
 complete.
 """
 
-import shutil
 import textwrap
 import unicodedata
 from collections.abc import Sequence
+from shutil import get_terminal_size
 from typing import Protocol, TextIO
 
 from rocmforge.cli.console import is_terminal
@@ -102,7 +102,7 @@ class LiveDisplay:
             self._draw(whole=True)
 
     def _draw(self, *, whole: bool = False) -> None:
-        columns, rows = shutil.get_terminal_size()
+        columns, rows = get_terminal_size()
         # What scrolled off the screen cannot be replaced, so until the end each answer gets its
         # share of the screen and shows its last lines.
         share = max(1, (rows - 1) // len(self._questions) - 2)

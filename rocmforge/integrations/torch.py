@@ -237,6 +237,7 @@ def _no_stream(workspace: object, stream: object) -> None:
 
 # ---- the operators ----
 # By torch.library's functions, not its decorator, whose checks would be made again at each call.
+# What a result is like is detached: plain tensors give tensors, parameters would give arrays.
 
 _library = torch.library.Library("rocmforge", "DEF")
 
@@ -347,6 +348,11 @@ def _merge_states(
     return merged
 
 
+def _gather_blocks(caches: list[Tensor], block_ids: Tensor) -> Tensor:
+    rows: Tensor = ops.gather_blocks([cache.detach() for cache in caches], block_ids)
+    return rows
+
+
 # ---- what their results look like, for tensors that have no memory ----
 
 
@@ -404,7 +410,7 @@ _define(
     _fake_merge,
 )
 _define("copy_blocks(Tensor(a!)[] caches, Tensor copies) -> ()", ops.copy_blocks, _nothing)
-_define("gather_blocks(Tensor[] caches, Tensor block_ids) -> Tensor", ops.gather_blocks, _fake_rows)
+_define("gather_blocks(Tensor[] caches, Tensor block_ids) -> Tensor", _gather_blocks, _fake_rows)
 _define(
     "scatter_blocks(Tensor(a!)[] caches, Tensor block_ids, Tensor data) -> ()",
     ops.scatter_blocks,
