@@ -20,6 +20,12 @@ What was learnt:
   found are noted for the second, and comparing 32 tokens without a branch is twice as fast as one
   by one (0.75 to 0.35 ms). gcc 12.2 -O3 makes a loop that never ends of one that has such a
   comparison in its condition; a break is right.
+- A memcpy of one token and a call that finds nothing to check cost 4 ns a sequence of a step with
+  tokens: 40 to 36 ns.
+- In a new pool the kernel still has to find memory, a page at a time: with huge pages 1,000
+  evictions take 37 us instead of 45, and a pool of 1,000,000 blocks is there in 1.1 ms instead of
+  1.9. In a pool that was used before, a step takes as long as in a new one: what it saves of page
+  faults it pays for blocks in the order in which they came back.
 """
 
 import argparse

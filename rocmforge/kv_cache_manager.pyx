@@ -243,7 +243,8 @@ cdef class KVCacheManager(SharedSequences):
             item.version = sequence.version
             longest = max(longest, length)
             if tokens != NULL:
-                self.learn(sequence, tokens, item.num_tokens)
+                if sequence.num_known != sequence.length or length > sequence.capacity:
+                    self.learn(sequence, tokens, item.num_tokens)
                 tokens += item.num_tokens
         return (longest + self.block_size - 1) // self.block_size
 
@@ -337,8 +338,11 @@ cdef class KVCacheManager(SharedSequences):
                     rf_prefix_index_use(&self.prefixes.index, sequence.chain)
                 known = sequence.num_known
                 if item.start <= known < end:
-                    memcpy(sequence.tokens + known, tokens + (known - item.start),
-                           (end - known) * sizeof(int32_t))
+                    if end - known == 1:  # a decode step: the call would cost more than the copy
+                        sequence.tokens[known] = tokens[known - item.start]
+                    else:
+                        memcpy(sequence.tokens + known, tokens + (known - item.start),
+                               (end - known) * sizeof(int32_t))
                     sequence.num_known = end
                 tokens += item.num_tokens
             rows[i] = item.row
