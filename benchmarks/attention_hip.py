@@ -1,6 +1,8 @@
 """Attention, writes and block copies on a HIP device, as parts of its own copy bandwidth.
 
-Results are compared with the float64 oracle, at a small size, before anything is timed. Times are
+Ours is compared with the float64 oracle, at a small size, and each peer with ours, before anything
+is timed. Peers (PyTorch, vLLM's kernel for ROCm, AITER's two) decode bfloat16 where they can be
+imported; what one does not take is said. Times are
 of many calls on one stream with one wait at the end; caches rotate through more memory than a
 last-level cache holds. Copy bandwidth is that of `copy_blocks`, in the same run: no figure of a
 data sheet. What counts as moved is what no implementation can avoid: keys and values of a decode
@@ -14,11 +16,14 @@ import argparse
 import itertools
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
 from _bench import print_table
+from _peers_hip import PEERS, Runs, peers
 from rocmforge import hip, ops, reference
 from rocmforge.dtypes import resolve
 
@@ -26,6 +31,7 @@ DECODE = [  # sequences, context, query heads, key/value heads, head_dim, elemen
     (32, 2048, 32, 8, 128, "bfloat16"),
     (1, 16384, 32, 8, 128, "bfloat16"),
     (64, 1024, 16, 16, 64, "bfloat16"),
+    (32, 2048, 16, 8, 256, "bfloat16"),
     (32, 2048, 16, 1, 576, "bfloat16"),
     (32, 2048, 32, 8, 128, "float8_e4m3fn"),
     (32, 2048, 32, 8, 128, "float8_e4m3fnuz"),
@@ -36,6 +42,34 @@ WRITES = [(8192, 8, 128, "bfloat16"), (8192, 8, 128, "float8_e4m3fn"), (32, 8, 1
 CACHED = 600 << 20  # bytes that no cache in front of the memory holds
 
 Case = tuple[int, int, int, int, int, str]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A decode step as the peers take it: arrays on the host, and how often to have the caches."""
+
+    name: str
+    query: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    table: np.ndarray
+    lens: np.ndarray
+    copies: int
+    block_size: int = 16
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def context(self) -> int:
+        """Tokens of every sequence."""
+        return int(self.lens[0])
+
+
+def in_turn(runs: Runs) -> Callable[[], object]:
+    """Call the next one each time."""
+    turn = itertools.cycle(runs)
+    return lambda: next(turn)()
 
 
 class Bench:
@@ -81,8 +115,8 @@ class Bench:
             for x in self.rng.standard_normal((2, *shape), np.float32)
         ]
 
-    def attention(self, case: Case, prefill: bool) -> float:
-        """Seconds of a step of one layer: a new token a sequence, or all of them."""
+    def attention(self, case: Case, prefill: bool, name: str) -> tuple[float, dict[str, float]]:
+        """Seconds of a step of one layer: a new token a sequence, or all of them; and of peers."""
         sequences, context, heads, kv_heads, dim, dtype = case
         scales = {} if dtype == "bfloat16" else {"k_scale": 0.02, "v_scale": 0.02}
 
@@ -108,11 +142,16 @@ class Bench:
         (query_there, *batch) = self.up(query, table, lengths, cu)
         out = hip.empty(query.shape, resolve("bfloat16"), self.device)
         bounds = {"max_seq_len": context, "max_seqlen_q": context if prefill else 1}
-        return self.seconds(
+        once = self.seconds(
             lambda: ops.paged_attention(
                 query_there, *next(turn), *batch, out=out, **bounds, **scales, stream=self.stream
             )
         )
+        if prefill or dtype != "bfloat16":
+            return once, {}
+        problem = Problem(name, query, *pools, table, lengths, count)
+        present = peers(problem, out.numpy(self.stream), self.stream.__cuda_stream__()[1])
+        return once, {peer: self.seconds(in_turn(runs)) for peer, runs in present}
 
     def write(self, tokens: int, heads: int, dim: int, dtype: str) -> float:
         """Seconds of a write; quantised caches get a scale of each token."""
@@ -138,7 +177,14 @@ class Bench:
             np.testing.assert_array_equal(got.view(np.uint8), want.view(np.uint8))
         return self.seconds(call)
 
-    def row(self, name: str, once: float, moved: float, operations: float = 0.0) -> list[str]:
+    def row(
+        self,
+        name: str,
+        once: float,
+        moved: float,
+        operations: float = 0.0,
+        others: Mapping[str, float] = MappingProxyType({}),
+    ) -> list[str]:
         """A line of the table; `moved` bytes, 0 where something else than memory decides."""
         rate = [f"{moved / once / 1e9:.3g}", f"{moved / once / self.bandwidth:.2f}"]
         return [
@@ -146,6 +192,7 @@ class Bench:
             f"{once * 1e6:.0f}",
             *(rate if moved else ["", ""]),
             f"{operations / once / 1e12:.3g}" if operations else "",
+            *(f"{others[peer] * 1e6:.0f}" if peer in others else "" for peer in PEERS),
         ]
 
     def rows(self) -> list[list[str]]:
@@ -160,12 +207,14 @@ class Bench:
             sequences, context, heads, kv_heads, dim, dtype = case
             name = f"decode, {sequences} x {context:,}, {heads}/{kv_heads} x {dim}, {dtype}"
             read = 2 * sequences * context * kv_heads * dim * resolve(dtype).itemsize
-            found.append(self.row(name, self.attention(case, False), read))
+            once, others = self.attention(case, False, name)
+            found.append(self.row(name, once, read, others=others))
         for case in prefill:
             sequences, context, heads, kv_heads, dim, dtype = case
             name = f"prefill, {sequences} x {context:,}, {heads}/{kv_heads} x {dim}, {dtype}"
             pairs = sequences * context * (context + 1) // 2  # a causal query and what it sees
-            found.append(self.row(name, self.attention(case, True), 0, 4 * pairs * heads * dim))
+            once, _ = self.attention(case, True, name)
+            found.append(self.row(name, once, 0, 4 * pairs * heads * dim))
         for tokens, heads, dim, dtype in writes:
             moved = 2 * tokens * heads * dim * (2 + resolve(dtype).itemsize)
             name = f"write, {tokens:,} tokens, {heads} x {dim}, {dtype}"
@@ -184,7 +233,7 @@ def main() -> None:
         return
     bench = Bench(device, options.quick)
     print(f"{device.name} ({device.architecture}), copies at {bench.bandwidth / 1e9:.0f} GB/s")
-    print_table(["operation", "us", "GB/s", "of copy", "TFLOP/s"], bench.rows())
+    print_table(["operation", "us", "GB/s", "of copy", "TFLOP/s", *PEERS], bench.rows())
 
 
 if __name__ == "__main__":

@@ -219,14 +219,15 @@ def pairwise(seed=0, **parameters):
     return rows
 
 
-def assert_close(got, want, bound=0.0, head_dim=0):
+def assert_close(got, want, bound=0.0, head_dim=0, *, rounds=None):
     """Compare a result with the float64 oracle's by the tolerance of its dtype.
 
     bound : what rounding probabilities may add, where the variant in use does that.
+    rounds : whether it does; by default, what the variant of the CPU in use does.
     """
     atol, rtol = TOLERANCE[got.dtype]
     atol *= max(1, head_dim / 256)
-    if _cpu.isa() in ROUNDING_VARIANTS:
+    if _cpu.isa() in ROUNDING_VARIANTS if rounds is None else rounds:
         atol = atol + bound
     error = np.abs(got.astype(np.float64) - want)
     allowed = atol + rtol * np.abs(want)

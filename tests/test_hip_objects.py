@@ -24,13 +24,19 @@ ATTENTION = {
     for storage in ("f32", "f16", "bf16", "e4m3fn", "e4m3fnuz", "i8")
     for size in (64, 128, 256, 512, 576)
 } | {"paged_attention_reduce_r4", "paged_attention_reduce_r2"}
+MATRIX = {
+    f"paged_attention_matrix_{storage}_d{size}"
+    for storage in ("f16", "bf16")
+    for size in (64, 128, 256)
+} | {"paged_attention_matrix_reduce"}
+WITH_MATRIX = re.compile("gfx(90a|94|95|11|12)")
 FAMILIES = {
     "attention": ATTENTION,
     "write": {f"write_kv_{s}" for s in ("f32", "f16", "bf16", "e4m3fn", "e4m3fnuz", "i8")},
     "merge": {"merge_states"},
     "copy": {"copy_blocks", "table_delta"},
 }
-ARGUMENTS = {"attention": 424, "write": 272, "merge": 136}
+ARGUMENTS = {"attention": 424, "matrix": 424, "write": 272, "merge": 136}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +53,7 @@ def test_every_object_has_its_whole_family(found: list[Kernel]) -> None:
         names.setdefault((kernel.arch, kernel.family), set()).add(kernel.name)
     for arch in {kernel.arch for kernel in found}:
         assert {family: names[arch, family] for family in FAMILIES} == FAMILIES, arch
+        assert names.get((arch, "matrix")) == (MATRIX if WITH_MATRIX.match(arch) else None), arch
 
 
 def table(found: list[Kernel]) -> str:
@@ -55,10 +62,10 @@ def table(found: list[Kernel]) -> str:
     for kernel in found:
         kind = re.sub(r"_(f32|f16|bf16|e4m3fn|e4m3fnuz|i8)(?=_|$)", "", kernel.name)
         groups.setdefault((kernel.arch, kind), []).append(kernel)
-    lines = [f"{'architecture':16} {'kernels':27} VGPR SGPR spills scratch   LDS waves/SIMD"]
+    lines = [f"{'architecture':16} {'kernels':29} VGPR SGPR spills scratch   LDS waves/SIMD"]
     for (arch, kind), kernels_of in sorted(groups.items()):
         lines.append(
-            f"{arch:16} {kind + ' x' + str(len(kernels_of)):27}"
+            f"{arch:16} {kind + ' x' + str(len(kernels_of)):29}"
             f" {max(k.vgprs for k in kernels_of):4} {max(k.sgprs for k in kernels_of):4}"
             f" {max(k.vgpr_spills + k.sgpr_spills for k in kernels_of):6}"
             f" {max(k.scratch for k in kernels_of):7} {max(k.lds for k in kernels_of):5}"
@@ -73,6 +80,7 @@ def test_nothing_spills_and_lds_fits(found: list[Kernel], capsys: pytest.Capture
     bad = [k for k in found if k.vgpr_spills or k.sgpr_spills or k.scratch or k.lds > 65536]
     assert not bad
     assert min(kernel.waves for kernel in found) >= 1
+    assert min((k.waves for k in found if k.family == "matrix"), default=2) >= 2
 
 
 def test_a_workgroup_is_four_waves_of_its_chip(found: list[Kernel]) -> None:
@@ -90,12 +98,12 @@ def test_arguments_are_packed_as_the_host_packs_them(found: list[Kernel]) -> Non
 
 def test_kernels_do_not_look_where_they_run() -> None:
     """device.h alone knows AMD from the host and from CUDA."""
-    for path in [*(SOURCE / "hip").glob("*.hip"), SOURCE / "hip" / "element.h"]:
-        text = path.read_text()
-        guard = "#ifndef RF_HIP_ELEMENT_H"
-        assert not re.search(r"^\s*#\s*(if|elif|ifdef|ifndef)\b", text.replace(guard, ""), re.M), (
-            path
-        )
+    paths = [p for p in (SOURCE / "hip").iterdir() if p.suffix in (".h", ".hip")]
+    for path in paths:
+        if path.name == "device.h":
+            continue
+        text = re.sub("#ifndef RF_HIP_[A-Z]+_H", "", path.read_text())
+        assert not re.search(r"^\s*#\s*(if|elif|ifdef|ifndef)\b", text, re.M), path
         assert "__builtin_amdgcn" not in text
 
 

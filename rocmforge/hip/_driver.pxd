@@ -7,7 +7,9 @@ cdef class Device:
     cdef dict _modules
     cdef dict _kernels
     cdef dict _workspaces
+    cdef dict _families
     cdef void *_module(self, str family) except NULL
+    cdef bint has(self, str family) except -1
     cdef void *kernel(self, str family, str name) except NULL
     cdef void *workspace(self, void *stream, size_t size) except NULL
 

@@ -423,7 +423,7 @@ cdef class Device:
 
     def __cinit__(self, int index):
         self.index = index
-        self._modules, self._kernels, self._workspaces = {}, {}, {}
+        self._modules, self._kernels, self._workspaces, self._families = {}, {}, {}, {}
         properties = _properties_type()
         cdef void *p = <void *><uintptr_t>int(properties)
         cdef int value = 0
@@ -472,6 +472,14 @@ cdef class Device:
                 known = self._modules.setdefault(family, <uintptr_t>module)
         return <void *><uintptr_t>known
 
+    cdef bint has(self, str family) except -1:
+        """Whether a family that not all architectures have was built for this one."""
+        known = self._families.get(family)
+        if known is None:
+            known = (code_object_folder() / f"{family}.{self.code_object()}.hsaco").is_file()
+            self._families[family] = known
+        return known
+
     cdef void *kernel(self, str family, str name) except NULL:
         cdef void *function = NULL
         cdef void *module
@@ -501,6 +509,7 @@ cdef class Device:
         for module in self._modules.values():
             _hip.module_unload(<void *><uintptr_t>module)
         self._modules.clear()
+        self._families.clear()
 
     def synchronize(self):
         """Wait for everything that was given to the device."""

@@ -8,7 +8,7 @@ from rocmforge.ops._params cimport (
 cdef extern from "rf/hip.h" nogil:
     enum:
         RF_WAVES, RF_SPLIT_ROWS, RF_PART_TOKENS, RF_MAX_SPLITS, RF_SPLIT_STEP, RF_WRITE_LANES
-        RF_COPY_POOLS, RF_COPY_PAIRS, RF_TABLE_ENTRIES, RF_HIP_MAX_HEAD_DIM
+        RF_MATRIX_ROWS, RF_COPY_POOLS, RF_COPY_PAIRS, RF_TABLE_ENTRIES, RF_HIP_MAX_HEAD_DIM
         RF_COPY_WITHIN, RF_COPY_GATHER, RF_COPY_SCATTER
     ctypedef struct rf_divisor:
         uint32_t value

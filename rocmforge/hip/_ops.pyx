@@ -15,10 +15,10 @@ from rocmforge.hip._array cimport DeviceArray, device_of, new_device_array, on_d
 from rocmforge.hip._driver cimport (
     Device, fill_bytes, fill_words, launch, stream_handle)
 from rocmforge.hip._launch cimport (
-    RF_COPY_GATHER, RF_COPY_PAIRS, RF_COPY_POOLS, RF_COPY_SCATTER, RF_COPY_WITHIN, RF_MAX_SPLITS,
-    RF_PART_TOKENS, RF_ROWS_OF, RF_SPLIT_ROWS, RF_SPLIT_STEP, RF_TABLE_ENTRIES, RF_TILE_ROWS,
-    RF_WAVES, RF_WRITE_LANES, rf_attention_launch, rf_copy_launch, rf_divisor_of, rf_merge_launch,
-    rf_table_launch, rf_write_launch)
+    RF_COPY_GATHER, RF_COPY_PAIRS, RF_COPY_POOLS, RF_COPY_SCATTER, RF_COPY_WITHIN, RF_MATRIX_ROWS,
+    RF_MAX_SPLITS, RF_PART_TOKENS, RF_ROWS_OF, RF_SPLIT_ROWS, RF_SPLIT_STEP, RF_TABLE_ENTRIES,
+    RF_TILE_ROWS, RF_WAVES, RF_WRITE_LANES, rf_attention_launch, rf_copy_launch, rf_divisor_of,
+    rf_merge_launch, rf_table_launch, rf_write_launch)
 from rocmforge.ops cimport _cpu
 from rocmforge.ops._arguments cimport (
     as_scale, read_attention, read_batch, read_blocks, read_logits, read_mask, read_merge,
@@ -55,7 +55,15 @@ cdef extern from *:
     #undef RF_FITS
         return 0;
     }
+    /* Whether RF_MATRIX_INSTANCES has it. */
+    static int has_matrix(int dtype, int dim) {
+    #define RF_MATCHES(name, code, size) if (dtype == code && dim == size) return 1;
+        RF_MATRIX_INSTANCES(RF_MATCHES)
+    #undef RF_MATCHES
+        return 0;
+    }
     """
+    int has_matrix(int dtype, int dim)
     const char *storage_name(int dtype)
     int size_for(int dim, int *chunks)
 
@@ -66,21 +74,33 @@ cdef int _MINUS_INFINITY = <int>0xff800000
 cdef int64_t _MAX_GRID = 65535  # of y and z
 cdef int64_t _MAX_SPLITS = 256
 
-# Kernel names by (size, storage): made once, not at each call.
+# Kernel names by (size, storage, matrix): made once, not at each call.
 cdef dict _names = {}
 
 
-cdef tuple _kernel_of(int head_dim, int dtype):
-    """Name of the attention kernel, name of its reduction, rows of a tile."""
-    key = (head_dim, dtype)
+cdef bint _takes_matrix(rf_attention_launch *a, Device device) except -1:
+    """Whether the kernels with matrix instructions serve the call: RF_MATRIX_INSTANCES, and strides
+    between tokens that 16 of them keep below 2 GiB."""
+    return (has_matrix(a.p.kv_dtype, a.p.head_dim) and a.p.dtype == a.p.kv_dtype
+            and a.p.v_head_dim == a.p.head_dim and 0 <= a.p.k.token_stride < 1 << 25
+            and 0 <= a.p.v.token_stride < 1 << 25 and device.has("matrix"))
+
+
+cdef tuple _kernel_of(int head_dim, int dtype, bint matrix):
+    """Family and name of the attention kernel, name of its reduction, rows of a tile."""
+    key = (head_dim, dtype, matrix)
     known = _names.get(key)
     cdef int chunks = 0, size
-    if known is None:
+    if known is None and matrix:
+        kernel = f"paged_attention_matrix_{storage_name(dtype).decode()}_d{head_dim}"
+        known = "matrix", kernel, "paged_attention_matrix_reduce", RF_MATRIX_ROWS
+        _names[key] = known
+    elif known is None:
         size = size_for(head_dim, &chunks)
         if size == 0 or storage_name(dtype) == NULL:  # no argument that was checked gets here
             raise ValueError(f"no kernel is built for a head_dim of {head_dim}")
         rows = RF_ROWS_OF(chunks)
-        known = (f"paged_attention_{storage_name(dtype).decode()}_d{size}",
+        known = ("attention", f"paged_attention_{storage_name(dtype).decode()}_d{size}",
                  f"paged_attention_reduce_r{rows}", RF_TILE_ROWS(rows))
         _names[key] = known
     return known
@@ -210,9 +230,11 @@ def attention_workspace_size(*, num_seqs, num_heads, num_kv_heads, head_dim, max
     a.p.v_head_dim = head_dim if v_head_dim is None else v_head_dim
     a.p.num_seqs = num_seqs
     a.p.num_tokens = num_seqs * max_seqlen_q
-    tile = _kernel_of(max(head_dim, a.p.v_head_dim), 0)[2]
+    tile = _kernel_of(max(head_dim, a.p.v_head_dim), 0, False)[3]
     _plan(&a, &plan, tile, max_seqlen_q, max_seq_len, num_splits, deterministic, units)
-    return plan.bytes
+    size = plan.bytes  # whichever kernel the calls' types choose
+    _plan(&a, &plan, RF_MATRIX_ROWS, max_seqlen_q, max_seq_len, num_splits, deterministic, units)
+    return max(size, plan.bytes)
 
 
 def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q=None, *, rows=None,
@@ -255,10 +277,11 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     max_len = _longest(max_seq_len, "max_seq_len",
                        min(a.p.table_width * a.p.block_size, MAX_COUNT))
     a.mask_width = <int32_t>max(mask_width, 0)
-    names = _kernel_of(max(a.p.head_dim, a.p.v_head_dim), a.p.kv_dtype)
+    family, kernel_name, reduction_name, tile_rows = _kernel_of(
+        max(a.p.head_dim, a.p.v_head_dim), a.p.kv_dtype, _takes_matrix(&a, device))
     a.block_size = rf_divisor_of(<uint32_t>a.p.block_size)
     a.group = rf_divisor_of(<uint32_t>(a.p.num_heads // a.p.num_kv_heads))
-    _plan(&a, &plan, names[2], max_q, max_len, num_splits,
+    _plan(&a, &plan, tile_rows, max_q, max_len, num_splits,
           as_flag(deterministic, "deterministic"), device.compute_units)
     _grid("paged_attention", plan.tiles, a.p.num_kv_heads, a.max_splits, device)
 
@@ -295,8 +318,8 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
             scratch = device.workspace(handle, plan.bytes)
         a.partial = <float *>scratch
         a.partial_state = a.partial + plan.states * a.p.v_head_dim
-    cdef void *kernel = device.kernel("attention", names[0])
-    cdef void *reduction = device.kernel("attention", names[1]) if plan.states else NULL
+    cdef void *kernel = device.kernel(family, kernel_name)
+    cdef void *reduction = device.kernel(family, reduction_name) if plan.states else NULL
     if cu is not None:  # rows of nobody: what is new must hold something
         if result is not None:
             fill_bytes(device, cnp.PyArray_DATA(o), 0, cnp.PyArray_NBYTES(o), handle)

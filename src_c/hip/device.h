@@ -12,6 +12,12 @@
  *   shuffle_xor<mask>(x), any(x)            all lanes of the wave must take part
  *   load<T>(p), store(p, x)                 any alignment of the element's own or better
  *   exp2, log2, half_to_float ...           the hardware's
+ *   uniform(x)                              x, which is the same in all lanes
+ *   uniform_load<T>(p)                      *p, which nobody writes meanwhile; p likewise
+ *   halves<high>(a, b)                      the low or the high 16 bits of a, then those of b
+ *   opaque(x)                               x, of which the compiler does not know that it is
+ *   keep_order()                            the compiler moves no instruction across
+ *   MATRIX, multiply<dtype>(a, b, c)        the chip's matrix unit (matrix.h); c += a * b
  *   HARDWARE_FP8, fp8_pair<high>(word, out) the float8 encoding that the chip itself converts to
  *                                           float, two of a word's four bytes at once; -1: neither
  */
@@ -40,6 +46,15 @@
 #include "rf/hip.h"
 
 namespace rf {
+
+/* Matrix units, by what a lane has of an operand and of the sums. */
+enum Matrix {
+    NO_MATRIX,
+    MFMA_16,    /* gfx90a, gfx942: 16x16x16 */
+    MFMA_32,    /* gfx950: 16x16x32 */
+    WMMA_WHOLE, /* gfx11: 16x16x16, both halves of a wave give the same operands */
+    WMMA_HALVES /* gfx12: 16x16x16 */
+};
 
 #if defined(RF_AMD) /* ------------------------------------------------------------ AMD */
 
@@ -176,6 +191,91 @@ template <bool HIGH> RF_DEVICE void fp8_pair(unsigned word, float *out) {
 #else
 template <bool HIGH> __attribute__((device)) void fp8_pair(unsigned word, float *out);
 #endif
+
+RF_DEVICE int uniform(int x) { return __builtin_amdgcn_readfirstlane(x); }
+template <class T> RF_DEVICE T uniform_load(const void *p) {
+    uint64_t at = (uint64_t)p;
+    uint64_t low = (unsigned)__builtin_amdgcn_readfirstlane((int)at);
+    uint64_t high = (unsigned)__builtin_amdgcn_readfirstlane((int)(at >> 32));
+    return *(Constant<T> *)(high << 32 | low);
+}
+RF_DEVICE int opaque(int x) {
+    asm volatile("" : "+v"(x));
+    return x;
+}
+RF_DEVICE void keep_order() { __builtin_amdgcn_sched_barrier(0); }
+template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
+    return __builtin_amdgcn_perm(b, a, HIGH ? 0x07060302 : 0x05040100);
+}
+
+#if defined(__gfx950__)
+constexpr int MATRIX = MFMA_32;
+#elif defined(__gfx90a__) || defined(__gfx942__)
+constexpr int MATRIX = MFMA_16;
+#elif defined(__GFX11__)
+constexpr int MATRIX = WMMA_WHOLE;
+#elif defined(__GFX12__)
+constexpr int MATRIX = WMMA_HALVES;
+#else
+constexpr int MATRIX = NO_MATRIX;
+#endif
+template <class T, int N> using Lanes = T __attribute__((ext_vector_type(N)));
+template <class To, int WORDS> RF_DEVICE To operand(const unsigned *w) {
+    Lanes<unsigned, WORDS> v;
+    RF_UNROLL
+    for (int i = 0; i < WORDS; i++) v[i] = w[i];
+    return __builtin_bit_cast(To, v);
+}
+#if defined(__gfx90a__) || defined(__gfx942__) || defined(__gfx950__)
+typedef Lanes<float, 4> MatrixSums;
+#else
+typedef Lanes<float, 8> MatrixSums;
+#endif
+template <int DTYPE>
+RF_DEVICE MatrixSums matrix_instruction(const unsigned *a, const unsigned *b, MatrixSums c) {
+#if defined(__gfx950__)
+    if constexpr (DTYPE == RF_F16)
+        return __builtin_amdgcn_mfma_f32_16x16x32_f16(
+            operand<Lanes<_Float16, 8>, 4>(a), operand<Lanes<_Float16, 8>, 4>(b), c, 0, 0, 0);
+    else
+        return __builtin_amdgcn_mfma_f32_16x16x32_bf16(operand<Lanes<__bf16, 8>, 4>(a),
+                                                       operand<Lanes<__bf16, 8>, 4>(b), c, 0, 0, 0);
+#elif defined(__gfx90a__) || defined(__gfx942__)
+    if constexpr (DTYPE == RF_F16)
+        return __builtin_amdgcn_mfma_f32_16x16x16f16(operand<Lanes<_Float16, 4>, 2>(a),
+                                                     operand<Lanes<_Float16, 4>, 2>(b), c, 0, 0, 0);
+    else
+        return __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(
+            operand<Lanes<short, 4>, 2>(a), operand<Lanes<short, 4>, 2>(b), c, 0, 0, 0);
+#elif defined(__GFX11__)
+    if constexpr (DTYPE == RF_F16)
+        return __builtin_amdgcn_wmma_f32_16x16x16_f16_w32(operand<Lanes<_Float16, 16>, 8>(a),
+                                                          operand<Lanes<_Float16, 16>, 8>(b), c);
+    else
+        return __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32(operand<Lanes<short, 16>, 8>(a),
+                                                           operand<Lanes<short, 16>, 8>(b), c);
+#elif defined(__GFX12__)
+    if constexpr (DTYPE == RF_F16)
+        return __builtin_amdgcn_wmma_f32_16x16x16_f16_w32_gfx12(
+            operand<Lanes<_Float16, 8>, 4>(a), operand<Lanes<_Float16, 8>, 4>(b), c);
+    else
+        return __builtin_amdgcn_wmma_f32_16x16x16_bf16_w32_gfx12(operand<Lanes<short, 8>, 4>(a),
+                                                                 operand<Lanes<short, 8>, 4>(b), c);
+#else
+    (void)a, (void)b;
+    return c;
+#endif
+}
+template <int DTYPE> RF_DEVICE void multiply(const unsigned *a, const unsigned *b, float *c) {
+    constexpr int N = sizeof(MatrixSums) / sizeof(float);
+    MatrixSums sums;
+    RF_UNROLL
+    for (int i = 0; i < N; i++) sums[i] = c[i];
+    sums = matrix_instruction<DTYPE>(a, b, sums);
+    asm volatile("" : "+v"(sums)); /* here, not where the sums are used: operands would pile up */
+    RF_UNROLL
+    for (int i = 0; i < N; i++) c[i] = sums[i];
+}
 
 #elif defined(RF_CUDA) /* --------------------------------------------------------- CUDA */
 

@@ -10,6 +10,8 @@ struct rf_sim_lane {
     int group[3];
     int (*exchange)(int value, int mask); /* the value of lane index ^ mask; all lanes take part */
     bool (*any)(bool value);
+    /* The words (16 at most) that each lane of the wave gave: those of lane i at i * 16. */
+    const unsigned *(*publish)(const unsigned *words, int count);
     void (*barrier)();
     void *(*shared)(size_t size); /* the workgroup's LDS */
 };

@@ -42,6 +42,8 @@ struct Machine {
     rf_sim_lane lane{};
     std::string error;
     std::mt19937_64 random;
+    std::vector<unsigned>
+        words[2]; /* of `publish`: 16 a lane, in turns as values of exchanges are */
 };
 Machine machine;
 
@@ -136,6 +138,17 @@ bool any(bool value) {
     }
     return false;
 }
+const unsigned *publish(const unsigned *words, int count) {
+    Fiber *f = machine.current;
+    size_t index = static_cast<size_t>(f - machine.fibers.data()), turn = f->asked % 2;
+    std::copy_n(words, count, &machine.words[turn][16 * index]);
+    meet(0, -2);
+    size_t first = index / machine.wave_size * machine.wave_size;
+    for (size_t i = first; i < first + machine.wave_size; i++)
+        if (machine.fibers[i].asked < f->asked && machine.error.empty())
+            machine.error = "a matrix instruction needs a lane that has ended";
+    return &machine.words[turn][16 * first];
+}
 void barrier() { wait(State::barrier); }
 void *shared(size_t size) {
     if (!machine.lds) {
@@ -204,13 +217,14 @@ std::string rf_sim_run(const rf_sim_kernel &kernel, rf_sim_lane **lane_of_kernel
                        const void *arguments, uint64_t seed) {
     if (threads % wave_size) return "a workgroup of a part of a wave";
     while (machine.fibers.size() < threads) machine.fibers.emplace_back();
+    for (auto &words : machine.words) words.resize(16 * machine.fibers.size());
     machine.kernel = &kernel;
     machine.arguments = arguments;
     machine.threads = threads;
     machine.wave_size = wave_size;
     machine.error.clear();
     machine.random.seed(seed);
-    machine.lane = {0, {0, 0, 0}, exchange, any, barrier, shared};
+    machine.lane = {0, {0, 0, 0}, exchange, any, publish, barrier, shared};
     *lane_of_kernel = &machine.lane;
     std::vector<uint64_t> groups(uint64_t{grid[0]} * grid[1] * grid[2]);
     std::iota(groups.begin(), groups.end(), uint64_t{0});

@@ -19,6 +19,7 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parent.parent / "src_c"
 TESTS = {
     "attention": "test_attention.py",
+    "matrix": "test_matrix.py",
     "write": "test_blocks.py",
     "copy": "test_blocks.py",
     "merge": "test_blocks.py",
@@ -122,6 +123,62 @@ MUTATIONS = [
         "int read = a.p.k_scale.per_token ? end : 0;",
     ),
     (
+        "rows of gfx11's operand in the order of others",
+        "matrix",
+        "matrix.h",
+        "WHOLE ? column() % 2 * 8 + column() / 2 : column()",
+        "column()",
+    ),
+    (
+        "sums of a group lie apart",
+        "matrix",
+        "matrix.h",
+        "WHOLE ? 0 : PER * group()",
+        "WHOLE ? 0 : group()",
+    ),
+    (
+        "halves of a word exchanged",
+        "matrix",
+        "matrix.hip",
+        "j % 2 ? halves<true>(x, y) : halves<false>(x, y)",
+        "j % 2 ? halves<false>(x, y) : halves<true>(x, y)",
+    ),
+    (
+        "gfx11's other half not exchanged",
+        "matrix",
+        "matrix.h",
+        "(unsigned)shuffle_xor_bits<16>((int)mine)",
+        "mine",
+    ),
+    (
+        "a lane's elements of a key are those of another group",
+        "matrix",
+        "matrix.h",
+        "WHOLE ? 0 : 8 * group()",
+        "WHOLE ? 0 : 8 * (GROUPS - 1 - group())",
+    ),
+    (
+        "query overwritten while it is read",
+        "matrix",
+        "matrix.hip",
+        "barrier(); /* nobody needs what is there",
+        "/* nobody needs what is there",
+    ),
+    (
+        "values of hidden tokens not set to zero",
+        "matrix",
+        "matrix.hip",
+        "block < 0 ? 0 : values.w[i][j]",
+        "values.w[i][j]",
+    ),
+    (
+        "maximum replaced without rescaling",
+        "matrix",
+        "matrix.hip",
+        "sums[t].x[i] *= scale;",
+        "sums[t].x[i] *= 1.0f;",
+    ),
+    (
         "padding slot not skipped",
         "write",
         "write.hip",
@@ -182,7 +239,8 @@ def red_tests(base: Path, name: str, family: str, file: str, old: str, new: str)
             f"-DRF_MUTATION={definition}",
             "-DRF_WERROR=OFF",
         )
-        targets = [f"{family}_{arch}" for arch in ("gfx1100", "gfx942")]
+        chips = ("gfx1100", "gfx942", *(("gfx950", "gfx1201") if family == "matrix" else ()))
+        targets = [f"{family}_{arch}" for arch in chips]
         done = run("cmake", "--build", str(build), "--parallel", "2", "--target", *targets)
         if done.returncode:
             return "does not compile: " + done.stdout[-800:] + done.stderr[-800:]
@@ -196,7 +254,7 @@ def red_tests(base: Path, name: str, family: str, file: str, old: str, new: str)
             "--hypothesis-profile=short",
             str(HERE / TESTS[family]),
             RF_SIMULATED=str(build),
-            RF_SIM_DEVICES="gfx1100,gfx942:sramecc+:xnack-",
+            RF_SIM_DEVICES=",".join(chips),
         )
         if done.returncode < 0:
             return f"{RED} the process ended by signal {-done.returncode}"

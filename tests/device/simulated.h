@@ -8,8 +8,8 @@
 
 #include "lane.h"
 
-#ifndef RF_SIMULATED_WAVE
-#error "RF_SIMULATED_WAVE: 32 or 64"
+#if !defined(RF_SIMULATED_WAVE) || !defined(RF_SIMULATED_MATRIX)
+#error "RF_SIMULATED_WAVE: 32 or 64; RF_SIMULATED_MATRIX: one of enum Matrix"
 #endif
 
 /* A "code object" is a shared library; its kernels are objects of this type, found by name. */
@@ -42,12 +42,18 @@ RF_DEVICE int wave() { return thread() / WAVE; }
 RF_DEVICE void barrier() { rf_sim->barrier(); }
 RF_DEVICE void wave_barrier() { rf_sim->exchange(0, 0); }
 
+RF_DEVICE int uniform(int x) { return x; }
+RF_DEVICE int opaque(int x) { return x; }
+RF_DEVICE void keep_order() {}
+
 template <class T> RF_DEVICE T load(const void *p) {
     T x;
     std::memcpy(&x, p, sizeof x);
     return x;
 }
 template <class T> RF_DEVICE void store(void *p, T x) { std::memcpy(p, &x, sizeof x); }
+
+template <class T> RF_DEVICE T uniform_load(const void *p) { return load<T>(p); }
 
 template <int MASK> RF_DEVICE int shuffle_xor_bits(int x) { return rf_sim->exchange(x, MASK); }
 RF_DEVICE bool any(bool x) { return rf_sim->any(x); }
@@ -72,6 +78,51 @@ RF_DEVICE unsigned float_to_half(float x) {
     }
     unsigned rounded = magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1);
     return sign | (rounded >= 0x0f800000 ? 0x7c00 : rounded >> 13);
+}
+
+template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
+    return HIGH ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
+}
+
+/* Matrix instructions by their documented layouts ("AMD Instinct MI300" and "RDNA3", "RDNA4"
+ * Instruction Set Architecture, matrix chapters; AMD's matrix instruction calculator): which lane
+ * has element k of row i of A, or of column i of B, at which place; and sum (row, column). */
+constexpr int MATRIX = RF_SIMULATED_MATRIX;
+constexpr int MATRIX_DEPTH = MATRIX == MFMA_32 ? 32 : 16;
+RF_DEVICE int operand_lane(int i, int k) {
+    if (MATRIX == MFMA_16) return i + 16 * (k / 4);
+    if (MATRIX == WMMA_WHOLE) return i; /* and i + 16 */
+    return i + 16 * (k / 8);
+}
+RF_DEVICE int operand_place(int k) {
+    return MATRIX == MFMA_16 ? k % 4 : MATRIX == WMMA_WHOLE ? k : k % 8;
+}
+RF_DEVICE int sum_row(int lane, int place) {
+    if (MATRIX == WMMA_WHOLE) return 2 * place + lane / 16;
+    return (MATRIX == WMMA_HALVES ? 8 : 4) * (lane / 16) + place;
+}
+template <int DTYPE> RF_DEVICE float operand_element(const unsigned *words, int i, int k) {
+    unsigned w = words[16 * operand_lane(i, k) + operand_place(k) / 2];
+    unsigned bits = operand_place(k) % 2 ? w >> 16 : w & 0xffff;
+    return DTYPE == RF_F16 ? half_to_float(bits) : bits_to_float(bits << 16);
+}
+template <int DTYPE> RF_DEVICE void multiply(const unsigned *a, const unsigned *b, float *c) {
+    constexpr int words = MATRIX == MFMA_16 ? 2 : MATRIX == WMMA_WHOLE ? 8 : 4;
+    constexpr int sums = MATRIX == MFMA_16 || MATRIX == MFMA_32 ? 4 : 8;
+    unsigned mine[2 * words];
+    std::memcpy(mine, a, sizeof(unsigned) * words);
+    std::memcpy(mine + words, b, sizeof(unsigned) * words);
+    const unsigned *all = rf_sim->publish(mine, 2 * words);
+    if (MATRIX == WMMA_WHOLE) /* the hardware wants both halves of the wave to agree */
+        for (int i = 0; i < 2 * words; i++)
+            if (all[16 * lane() + i] != all[16 * (lane() ^ 16) + i])
+                c[0] = bits_to_float(0x7fc00000);
+    float column[MATRIX_DEPTH];
+    for (int k = 0; k < MATRIX_DEPTH; k++)
+        column[k] = operand_element<DTYPE>(all + words, lane() % 16, k);
+    for (int place = 0; place < sums; place++)
+        for (int k = 0; k < MATRIX_DEPTH; k++)
+            c[place] += operand_element<DTYPE>(all, sum_row(lane(), place), k) * column[k];
 }
 
 } // namespace rf

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from device_cases import attend, check, on, up
+from device_cases import FEATURES, attend, check, on, up
 from ops_cases import BFLOAT16, DTYPES, FLOAT32, bits, make
 from rocmforge import hip, reference
 from rocmforge.ops import paged_attention
@@ -90,24 +90,6 @@ def test_latent_cache(device, dtype):
     np.testing.assert_allclose(lse.numpy(), want_lse, atol=5e-6)
     with pytest.raises(ValueError, match="scale must be given"):
         moved.call(paged_attention)
-
-
-FEATURES = {
-    "window": {"window_size": (17, 0)},
-    "window of one": {"window_size": (0, 0)},
-    "two-sided window": {"window_size": (9, 5), "causal": False},
-    "right side": {"window_size": (-1, 3), "causal": False},
-    "scale": {"scale": 0.31},
-    "soft cap": {"softcap": 2.5},
-    "alibi": {"alibi_slopes": np.array([0.5, 0.25, 0.125, 0.0625], np.float32)},
-    "sinks": {"sinks": np.array([0.5, -1.0, 3.0, -np.inf], np.float32)},
-    "all": {
-        "window_size": (40, 0),
-        "softcap": 5.0,
-        "alibi_slopes": np.array([0.5, 0.25, 0.125, 0.0625], np.float32),
-        "sinks": np.array([0.5, -1.0, 3.0, 0.0], np.float32),
-    },
-}
 
 
 @pytest.mark.parametrize("queries", [None, [1, 40, 7, 1]], ids=["decode", "ragged"])

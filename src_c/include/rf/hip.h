@@ -17,6 +17,8 @@
 #define RF_TILE_ROWS(wave_rows) (RF_WAVES * (wave_rows))
 /* A sequence with no more rows than this may have its context split over workgroups. */
 #define RF_SPLIT_ROWS 64
+/* Rows of a workgroup of the kernels with matrix instructions. */
+#define RF_MATRIX_ROWS 64
 /* With deterministic results: context tokens that are worth a workgroup, and workgroups at most. */
 #define RF_PART_TOKENS 512
 #define RF_MAX_SPLITS  32
@@ -132,6 +134,15 @@ static_assert(sizeof(rf_table_launch) == 3104, "rf_table_launch is shared with d
     X(512, 32, 2)                                                                                  \
     X(576, 32, 3)
 #define RF_HIP_MAX_HEAD_DIM 576
+/* Kernels with matrix instructions, on chips that have them: X(suffix, enum rf_dtype of query and
+ * cache, head_dim and v_head_dim). All else is for the kernels above. */
+#define RF_MATRIX_INSTANCES(X)                                                                     \
+    X(f16, RF_F16, 64)                                                                             \
+    X(f16, RF_F16, 128)                                                                            \
+    X(f16, RF_F16, 256)                                                                            \
+    X(bf16, RF_BF16, 64)                                                                           \
+    X(bf16, RF_BF16, 128)                                                                          \
+    X(bf16, RF_BF16, 256)
 /* Rows of a wave in an instance with that many chunks a lane: registers are what bounds them. */
 #define RF_ROWS_OF(chunks) ((chunks) == 1 ? RF_WAVE_ROWS : RF_WAVE_ROWS / 2)
 

@@ -1,0 +1,385 @@
+"""What bounds decode on each GPU: published rates, and the inner loop of the code object itself.
+
+For each chip and shape: bytes and operations, the floor in microseconds from the chip's bandwidth
+and matrix rate, and from the disassembly of the kernel that serves the shape the instructions of
+its inner loop by kind, per 1,024 bytes of keys and values. Two claims are checked:
+
+issue    cycles that a SIMD unit needs to issue one round of the loop (LLVM's scheduling model:
+         llvm-mca, the reciprocal throughput), or that its matrix instructions take at the
+         published rate if that is more, over cycles that memory needs for the round's bytes.
+         Below 1, arithmetic hides behind memory.
+flight   half of the bytes of a round (a wave waits for its keys, or for its values) in all waves
+         that a compute unit holds, over bandwidth x latency. Above 1, enough is under way.
+
+Where waves of a workgroup have different rows, they read the same keys and values: memory gives
+them once, and each wave counts for its part of them alone. The last column says which claim a row
+misses, and which kind of instruction most of its loop is.
+
+The loop is the cheapest way around it: no mask, no soft cap, no rescaling. Latency is an assumption
+(--latency), not a published figure. Nothing here ran on a GPU.
+
+Needs code objects (ROCMFORGE_HIP_ARCHS=all), llvm-objdump and llvm-mca of LLVM 19 or newer; prints
+the floors alone without them. LLVM 19 does not know gfx950.
+
+Sources, as found by search in 2026-11, mostly in pages that quote AMD's own: compute units, highest
+clock and bandwidth of AMD's product pages and data sheets (Instinct MI250X, of which one die is
+half; MI300X; MI355X; Radeon RX 6900 XT, 7900 XTX, 9060 XT, 9070 XT; Ryzen AI Max+ 395). Operations
+of a compute unit in a cycle, float16 matrix and dense, are those of the architectures (CDNA 2 1,024,
+CDNA 3 2,048, CDNA 4 4,096, RDNA 3 512, RDNA 4 1,024; RDNA 2 has no matrix unit and 128 of float32),
+checked by units x clock x operations, which give the peaks that are published: 191.5 (a die), 1,307,
+2,517, 23.0, 123, 103 and 195 TFLOP/s.
+"""
+
+import argparse
+import heapq
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from _bench import print_table
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from hip_objects import Kernel, kernels
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Published figures."""
+
+    name: str
+    units: int  # compute units
+    clock: float  # GHz
+    bandwidth: float  # GB/s
+    operations: int  # of a compute unit in a cycle
+    simds: int = 2  # of a compute unit; a wave of 64 is issued over 4 cycles on 4 of them
+
+    @property
+    def rate(self) -> float:
+        """TFLOP/s."""
+        return self.units * self.clock * self.operations / 1e3
+
+
+CHIPS = {
+    "gfx90a": Chip("MI250X, one die", 110, 1.7, 1638.4, 1024, 4),
+    "gfx942": Chip("MI300X", 304, 2.1, 5300, 2048, 4),
+    "gfx950": Chip("MI355X", 256, 2.4, 8000, 4096, 4),
+    "gfx1030": Chip("RX 6900 XT", 80, 2.25, 512, 128),
+    "gfx1100": Chip("RX 7900 XTX", 96, 2.5, 960, 512),
+    "gfx1151": Chip("Ryzen AI Max+ 395", 40, 2.9, 256, 512),
+    "gfx1200": Chip("RX 9060 XT", 32, 3.13, 320, 1024),
+    "gfx1201": Chip("RX 9070 XT", 64, 2.97, 640, 1024),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decode step of one layer: every sequence has `tokens` query tokens."""
+
+    sequences: int
+    context: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    element: str = "bf16"
+    tokens: int = 1
+
+    @property
+    def size(self) -> int:
+        """Bytes of an element of the cache."""
+        return 2 if self.element in ("bf16", "f16") else 1
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values that are read."""
+        return 2 * self.sequences * self.context * self.kv_heads * self.head_dim * self.size
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that any kernel moves: those, queries, outputs and the table (blocks of 16)."""
+        vectors = 2 * self.sequences * self.tokens * self.heads * self.head_dim * 2
+        return self.cache_bytes + vectors + self.sequences * self.context // 16 * 4
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of the two products."""
+        return 4 * self.sequences * self.tokens * self.context * self.heads * self.head_dim
+
+    def __str__(self) -> str:
+        rows = f" x {self.tokens} tokens" if self.tokens > 1 else ""
+        return (
+            f"{self.sequences} x {self.context:,}{rows}, {self.heads}/{self.kv_heads} x "
+            f"{self.head_dim} {self.element}"
+        )
+
+
+SHAPES = [
+    Shape(32, 2048, 32, 8, 128),
+    Shape(32, 2048, 32, 8, 128, tokens=4),
+    Shape(32, 2048, 64, 8, 64),
+    Shape(32, 2048, 16, 8, 256),
+    Shape(32, 2048, 32, 8, 128, "e4m3fn"),
+]
+
+
+# ---------------------------------------------------------------- the inner loop
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of the disassembly."""
+
+    text: str
+    target: int | None  # of a branch
+
+    @property
+    def name(self) -> str:
+        return self.text.split()[0]
+
+    @property
+    def kind(self) -> str:
+        """Loads, waits, LDS, matrix, vector, scalar."""
+        for pattern, kind in KINDS:
+            if re.match(pattern, self.name):
+                return kind
+        return "scalar"
+
+    @property
+    def loaded(self) -> int:
+        """Bytes a lane that a load of keys or values reads; narrower loads read other things."""
+        found = re.match(r"global_load_(dwordx4|b128|dwordx2|b64)\b", self.name)
+        return 0 if found is None else 16 if found[1] in ("dwordx4", "b128") else 8
+
+
+KINDS = [
+    (r"(global|flat|buffer)_load", "loads"),
+    (r"s_wait|s_delay_alu|s_nop|s_clause", "waits"),
+    (r"ds_", "LDS"),
+    (r"v_(smfmac|mfma|wmma|swmmac)", "matrix"),
+    (r"v_", "vector"),
+]
+
+
+def disassemble(tool: str, path: Path, kernel: str) -> dict[int, Instruction]:
+    """Instructions of a kernel by address."""
+    text = subprocess.run(
+        [tool, "-d", f"--disassemble-symbols={kernel}", str(path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    start, found = 0, {}
+    for line in text.splitlines():
+        head = re.match(r"([0-9a-f]+) <" + kernel + ">:", line)
+        if head:
+            start = int(head[1], 16)
+        body = re.match(r"\s+(\S.*?)\s*// ([0-9A-F]+): (.*)", line)
+        if body:
+            offset = re.search(r"<" + kernel + r"(?:\+0x([0-9a-f]+))?>", body[3])
+            target = start + int(offset[1] or "0", 16) if offset else None
+            found[int(body[2], 16)] = Instruction(body[1], target)
+    return found
+
+
+def inner_loop(code: dict[int, Instruction], nbytes: int) -> list[Instruction]:
+    """The cheapest way around a loop that loads so many bytes a lane.
+
+    Branches depend on each other, so the cheapest way of all may be none that a wave can take.
+    """
+    following = dict(itertools.pairwise(sorted(code)))
+
+    def around(begin: int, end: int) -> list[Instruction]:
+        start = (begin, code[begin].loaded)
+        best, before, queue = {start: 0}, {}, [(0, start)]
+        while queue:
+            cost, state = heapq.heappop(queue)
+            if state == (end, nbytes):
+                path = [state]
+                while path[-1] != start:
+                    path.append(before[path[-1]])
+                return [code[at] for at, _ in reversed(path)]
+            at, loaded = state
+            here, steps = code[at], []
+            if here.target is not None and begin <= here.target <= end:
+                steps.append(here.target)
+            if not here.name.startswith(("s_branch", "s_endpgm", "s_setpc")) and at in following:
+                steps.append(following[at])
+            for step in steps:
+                to = (step, loaded + code[step].loaded)
+                if step <= end and to[1] <= nbytes and cost + 1 < best.get(to, sys.maxsize):
+                    best[to], before[to] = cost + 1, state
+                    heapq.heappush(queue, (cost + 1, to))
+        return []
+
+    loops = [around(i.target, at) for at, i in code.items() if i.target and i.target <= at]
+    return min(filter(None, loops), key=len, default=[])
+
+
+def issue_cycles(tool: str, arch: str, loop: list[Instruction]) -> tuple[float, float]:
+    """Cycles to issue a round among other waves' rounds, and of a round alone."""
+    body = [i.text for i in loop if not i.name.startswith(("s_cbranch", "s_branch", "s_setpc"))]
+    source = "\n".join(re.sub(r"s_wait\w* .*|s_delay_alu .*", "s_nop 0", line) for line in body)
+    done = subprocess.run(
+        [tool, "-mtriple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-iterations=10"],
+        input=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    throughput = re.search(r"Block RThroughput:\s*([\d.]+)", done.stdout)
+    total = re.search(r"Total Cycles:\s*(\d+)", done.stdout)
+    if throughput is None or total is None:
+        raise RuntimeError(done.stderr[:300])
+    scale = 4 if arch.startswith("gfx9") else 1  # LLVM counts passes of a wave of 64 there
+    return float(throughput[1]) * scale, int(total[1]) / 10 * scale
+
+
+# ---------------------------------------------------------------- tables
+
+
+def kernel_name(shape: Shape, arch: str) -> tuple[str, str]:
+    """Family and name of the kernel that serves the shape."""
+    matrix = arch != "gfx1030" and shape.size == 2 and shape.head_dim in (64, 128, 256)
+    prefix = "paged_attention_matrix" if matrix else "paged_attention"
+    return "matrix" if matrix else "attention", f"{prefix}_{shape.element}_d{shape.head_dim}"
+
+
+def round_bytes(shape: Shape, family: str, wave_size: int) -> int:
+    """Keys and values that a wave reads in a round of the inner loop.
+
+    matrix.hip: 32 tokens (waves of 64) or 16; attention.hip: 4 x 8 elements a lane.
+    """
+    if family == "matrix":
+        return 2 * wave_size // 2 * shape.head_dim * shape.size
+    return 2 * wave_size * 4 * 8 * shape.size
+
+
+def sharing_waves(shape: Shape, family: str) -> int:
+    """Waves of a workgroup that read the same keys and values, as they have different rows."""
+    rows = shape.tokens * shape.heads // shape.kv_heads
+    of_a_wave = 16 if family == "matrix" else 4 if shape.head_dim <= 128 else 2
+    return 1 if rows <= of_a_wave else 2 if rows <= 2 * of_a_wave else 4
+
+
+def floors(shapes: list[Shape]) -> None:
+    """Print what no kernel can beat."""
+    rows = []
+    for shape in shapes:
+        for arch, chip in CHIPS.items():
+            memory = shape.bytes / chip.bandwidth / 1e3
+            arithmetic = shape.operations / chip.rate / 1e6
+            rows.append(
+                (
+                    str(shape),
+                    f"{arch} {chip.name}",
+                    f"{shape.bytes / 1e6:.0f}",
+                    f"{shape.operations / 1e9:.1f}",
+                    f"{memory:.0f}",
+                    f"{arithmetic:.1f}",
+                    f"{max(memory, arithmetic) / 0.85:.0f}",
+                )
+            )
+    print_table(
+        ["decode", "chip", "MB", "GFLOP", "memory us", "arithmetic us", "floor / 0.85 us"], rows
+    )
+
+
+def loops(
+    shapes: list[Shape], folder: Path, tools: tuple[str, str], latency: float, found: list[Kernel]
+) -> None:
+    """Print what the inner loops issue and have under way."""
+    by_name = {(k.arch, k.name): k for k in found}
+    rows, kinds = [], ("loads", "waits", "LDS", "matrix", "vector", "scalar")
+    for shape in shapes:
+        for arch, chip in CHIPS.items():
+            family, name = kernel_name(shape, arch)
+            kernel = by_name.get((arch, name))
+            if kernel is None:
+                continue
+            nbytes = round_bytes(shape, family, kernel.wave_size)
+            # gfx11's operands are the same in both halves of a wave.
+            twice = 2 if family == "matrix" and arch.startswith("gfx11") else 1
+            try:
+                code = disassemble(tools[0], folder / f"{family}.{arch}.hsaco", name)
+            except subprocess.CalledProcessError:
+                print(f"{arch}: {tools[0]} does not know it (gfx950 needs LLVM 20)")
+                continue
+            loop = inner_loop(code, nbytes * twice // kernel.wave_size)
+            if not loop:
+                print(f"{arch} {name}: no loop found that reads {nbytes} bytes a round")
+                continue
+            count = Counter(i.kind for i in loop)
+            try:
+                issue, alone = issue_cycles(tools[1], arch, loop)
+            except RuntimeError as error:
+                print(f"{arch}: llvm-mca: {error}")
+                continue
+            shapes_of = [
+                re.search(r"_(\d+)x(\d+)x(\d+)", i.name) for i in loop if i.kind == "matrix"
+            ]
+            matrix_operations = sum(2 * int(m[1]) * int(m[2]) * int(m[3]) for m in shapes_of if m)
+            issue = max(issue, matrix_operations * chip.simds / chip.operations)
+            a_simd = chip.bandwidth / chip.units / chip.simds / chip.clock  # bytes a cycle
+            waves = kernel.waves * chip.simds
+            its_bytes = nbytes / sharing_waves(shape, family)
+            of_memory = issue * a_simd / its_bytes
+            flight = its_bytes / 2 * waves / (chip.bandwidth / chip.units * latency)
+            missed = ["issue"] * (of_memory >= 1) + ["flight"] * (flight < 1)
+            most, times = count.most_common(1)[0]
+            why = f"{' and '.join(missed)}: {times} of {len(loop)} are {most}" if missed else ""
+            rows.append(
+                (
+                    str(shape),
+                    f"{arch} {name.removeprefix('paged_attention_')}",
+                    f"{nbytes}",
+                    *(f"{count[kind] * 1024 / nbytes:.1f}" for kind in kinds),
+                    f"{issue:.0f}",
+                    f"{alone:.0f}",
+                    f"{its_bytes / a_simd:.0f}",
+                    f"{of_memory:.2f}",
+                    f"{waves}",
+                    f"{flight:.1f}",
+                    why,
+                )
+            )
+    print_table(
+        [
+            *("decode", "kernel", "bytes", *kinds),
+            *("issue", "alone", "memory", "issue/memory", "waves", "flight", "misses"),
+        ],
+        rows,
+    )
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the first shape alone")
+    parser.add_argument("--objects", type=Path, help="a folder of code objects")
+    parser.add_argument("--latency", type=float, default=800.0, help="of memory, in ns (800)")
+    options = parser.parse_args()
+    shapes = SHAPES[: 1 if options.quick else None]
+    floors(shapes)
+    folder = options.objects or Path(
+        os.environ.get("ROCMFORGE_CODE_OBJECTS", str(files("rocmforge") / "code_objects"))
+    )
+    tools = []
+    for name in ("llvm-objdump", "llvm-mca"):
+        versions = (shutil.which(f"{name}{suffix}") for suffix in ("-22", "-21", "-20", "-19", ""))
+        tools.append(next((tool for tool in versions if tool), None))
+    found = kernels(folder) if folder.is_dir() else []
+    if not found or None in tools:
+        print("\nno inner loops: they need code objects, llvm-objdump and llvm-mca")
+        return
+    print()
+    loops(shapes, folder, (str(tools[0]), str(tools[1])), options.latency, found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,506 @@
+/* Attention by matrix instructions: decode, verification and prefill of 16-bit caches whose heads
+ * have 64, 128 or 256 elements. Mathematics, rows, tiles and splits are those of attention.hip.
+ *
+ * Work: a workgroup has a tile of up to RF_MATRIX_ROWS rows; a wave has 16 of them as the columns
+ * of its tiles of sums. What waves are left take turns at the tokens: all four with up to 16 rows,
+ * two and two with up to 32. Keys and values that a wave reads serve all its rows.
+ *
+ * A step is STEP context tokens: logits^T = keys * query^T, then out^T += values^T * p^T, where the
+ * probabilities go from the sums of the first product to the operand of the second in the registers
+ * of their lanes (matrix.h). Keys come as operands from memory, 16 bytes a lane and load: lane
+ * (column, group) reads eight neighbouring elements of the token that is its row. Values come as
+ * WIDTH neighbouring elements of the SLOTS tokens that a lane contracts, and are transposed by
+ * v_perm: the columns of that patch are operands of as many products, whose row is the lane's piece
+ * of the head. So a lane's sums are whole pieces of its own query row, which leave in 16 bytes.
+ * Only the query lies in LDS, read again in each step; in the end the waves' states pass through
+ * it.
+ *
+ * A step is steady when its blocks hold 16 tokens each that all rows see: then addresses are
+ * scalar, and ids are read two steps ahead. Where registers allow (AHEAD) keys and values of the
+ * next step are read as soon as those of this one are used; elsewhere other waves fill the time.
+ * What a mask, a hole or an end touches, and other block sizes, look blocks up lane by lane.
+ *
+ * The softmax is in base 2. A maximum is replaced, and the sums rescaled, when a logit of the wave
+ * exceeds it by more than LAG: probabilities up to 2^LAG cost nothing in float32, and their 16 bits
+ * are relative. Probabilities are rounded to the cache's type, their sum is not.
+ *
+ * A token that some row of a wave sees must have finite values: a row that does not see it weighs
+ * them with 0. Those of tokens past the ends or in holes are set to zero.
+ *
+ * LDS: 64 rows of the query: 8, 16 or 32 KiB.
+ *
+ * Nothing here was timed on a GPU. Versions tried, vector registers for 128 elements of bfloat16 on
+ * gfx942 and gfx1100 (256 is the most that gfx1100 has):
+ *   steady and guarded steps as two loops, 32 rows a wave     340   256, 646 spilled
+ *   16 rows a wave                                            216   256, 113 spilled
+ *   keys and values of one step at a time on gfx11            208   256: two copies of the sums
+ *   one loop, the steps' difference in how they read          212   256, 47 spilled
+ *   each product pinned to its place, query read from LDS     160   181: what is here
+ *   and 32 rows a wave for prefill on gfx942                  212   7 scalars spilled */
+#include "attention.h"
+#include "matrix.h"
+
+namespace rf {
+
+template <int DTYPE, int DIM> struct MatrixAttention {
+    static constexpr int UNITS = DIM / DEPTH; /* operands of a vector */
+    /* Elements of a value's piece: a vector has PIECES of 16 lanes. gfx11 gives operands twice, and
+     * has no registers for eight elements of that beside the sums of 256. */
+    static constexpr int WIDTH = DIM == 64 || (DIM == 256 && WHOLE) ? 4 : 8;
+    static constexpr int PIECES = DIM / 16 / WIDTH;
+    static constexpr int TILES = DIM / 16; /* tiles of sums */
+    static constexpr int STEP = DEPTH;     /* tokens */
+    static constexpr float LAG = 8;
+    /* Keys and values of the next step are read during this one where registers allow: words of
+     * the sums, of keys and of values. */
+    static constexpr bool AHEAD = TILES * PER + DIM * (SUBTILES + 1) * SLOTS / DEPTH / 2 <= 128;
+
+    struct Shared {
+        union {
+            Bytes16 query[RF_MATRIX_ROWS / 16][DIM * 2 / GROUPS / 16][WAVE];
+            float state[TILES * PER + 2][WAVE];
+        };
+    };
+
+    /* Of a step: one of PIECES parts. */
+    struct Keys {
+        Operand a[SUBTILES][UNITS / PIECES];
+    };
+    struct Values {
+        unsigned w[SLOTS][WIDTH / 2];
+    };
+    /* A step. Steady: every row sees all of its tokens, and each of its 16 lie in one block, whose
+     * vectors begin at k, v. Uniform. */
+    struct Step {
+        int first;
+        int steady; /* no bool: the padding after it was copied through scratch memory */
+        const char *k[SUBTILES], *v[SUBTILES];
+    };
+
+    const rf_attention_launch &a;
+    Shared &lds;
+    Tile tile;
+    Share share;
+    int begin, end, low, high; /* tokens that some row of the wave sees; that all of them see */
+    unsigned k_lane, v_lane;   /* bytes from a tile's first vector to what this lane reads */
+    bool capped, biased, masked;
+    float factor;
+
+    RF_DEVICE_MEMBER MatrixAttention(const rf_attention_launch &launch, Shared &shared)
+        : a(launch), lds(shared) {}
+
+    /* ---------------------------------------------------------------- what is read */
+
+    RF_DEVICE_MEMBER static void read_key(const char *p, int piece, Operand *to) {
+        RF_UNROLL
+        for (int u = 0; u < UNITS / PIECES; u++) RF_UNROLL
+        for (int i = 0; i < SLOTS / 8; i++) {
+            Bytes16 b = load<Bytes16>(p + 32 * WIDTH * piece + 2 * DEPTH * u + 16 * i);
+            RF_UNROLL
+            for (int j = 0; j < 4; j++) to[u].w[4 * i + j] = b.w[j];
+        }
+    }
+    RF_DEVICE_MEMBER static void read_value(const char *p, int piece, unsigned *to) {
+        if constexpr (WIDTH == 8) {
+            Bytes16 b = load<Bytes16>(p + 32 * WIDTH * piece);
+            RF_UNROLL
+            for (int j = 0; j < 4; j++) to[j] = b.w[j];
+        } else {
+            Bytes8 b = load<Bytes8>(p + 32 * WIDTH * piece);
+            to[0] = b.w[0], to[1] = b.w[1];
+        }
+    }
+
+    /* A block of the sequence's, or -1. No branch: whether there is one or not, something is read.
+     */
+    RF_DEVICE_MEMBER int checked(int block) const {
+        return (uint32_t)block < (uint64_t)a.p.num_blocks ? block : -1;
+    }
+    RF_DEVICE_MEMBER int block_of(int token) const {
+        int inside = larger(begin, smaller(token, end - 1));
+        int block = load<int32_t>(tile.blocks + rf_quotient((uint32_t)inside, a.block_size));
+        return inside == token ? checked(block) : -1;
+    }
+    RF_DEVICE_MEMBER const char *vector_at(const rf_paged &pool, int block, int token) const {
+        int offset = token - (int)(rf_quotient((uint32_t)token, a.block_size) * a.block_size.value);
+        return static_cast<const char *>(pool.data) +
+               (larger(block, 0) * pool.block_stride + group_y() * pool.head_stride +
+                offset * pool.token_stride) *
+                   2;
+    }
+
+    /* The blocks of a step's tiles, if it may be steady; the step, once they are known. */
+    RF_DEVICE_MEMBER void read_ids(int first, int *ids) const {
+        bool yes = first >= low && first + STEP <= high && a.block_size.value % 16 == 0;
+        RF_UNROLL
+        for (int s = 0; s < SUBTILES; s++) {
+            ids[s] = -1;
+            if (yes)
+                ids[s] = uniform_load<int32_t>(
+                    tile.blocks + rf_quotient((uint32_t)(first + 16 * s), a.block_size));
+        }
+    }
+    RF_DEVICE_MEMBER Step step_at(int first, const int *ids) const {
+        Step step;
+        step.first = first;
+        step.steady = 1;
+        RF_UNROLL
+        for (int s = 0; s < SUBTILES; s++) {
+            step.steady &= checked(ids[s]) >= 0;
+            step.k[s] = vector_at(a.p.k, ids[s], first + 16 * s);
+            step.v[s] = vector_at(a.p.v, ids[s], first + 16 * s);
+        }
+        return step;
+    }
+
+    RF_DEVICE_MEMBER void read_keys(const Step &step, int piece, Keys &keys) const {
+        if (step.steady) {
+            RF_UNROLL
+            for (int s = 0; s < SUBTILES; s++) read_key(step.k[s] + k_lane, piece, keys.a[s]);
+        } else {
+            RF_UNROLL
+            for (int s = 0; s < SUBTILES; s++) {
+                int token = step.first + 16 * s + row();
+                read_key(vector_at(a.p.k, block_of(token), token) + 2 * first_slot(), piece,
+                         keys.a[s]);
+            }
+        }
+    }
+    /* Those of tokens that are hidden from all rows are zeros: 0 times NaN would be NaN. */
+    RF_DEVICE_MEMBER void read_values(const Step &step, int piece, Values &values) const {
+        if (step.steady) {
+            int64_t stride = fresh(a).p.v.token_stride * 2;
+            RF_UNROLL
+            for (int i = 0; i < SLOTS; i++)
+                read_value(step.v[slot_row(i) / 16] + slot_row(i) % 16 * stride + v_lane, piece,
+                           values.w[i]);
+        } else {
+            RF_UNROLL
+            for (int i = 0; i < SLOTS; i++) {
+                int token = step.first + slot_row(i) + slot_group(), block = block_of(token);
+                read_value(vector_at(a.p.v, block, token) + 2 * WIDTH * row(), piece, values.w[i]);
+                RF_UNROLL
+                for (int j = 0; j < WIDTH / 2; j++) values.w[i][j] = block < 0 ? 0 : values.w[i][j];
+            }
+        }
+    }
+
+    /* ---------------------------------------------------------------- rows of a wave */
+
+    struct Wave {
+        const MatrixAttention &k;
+        int index; /* of the workgroup's tiles of 16 rows, the wave's */
+        Range range;
+        int position;
+        float slope, m, l;
+        Sums sums[TILES];
+
+        RF_DEVICE_MEMBER Wave(const MatrixAttention &kernel, int first) : k(kernel), index(first) {}
+
+        /* In the sequence: of this lane. */
+        RF_DEVICE_MEMBER int row_of() const { return k.tile.row0 + 16 * index + column(); }
+        RF_DEVICE_MEMBER bool has() const { return 16 * index + column() < k.tile.rows; }
+
+        RF_DEVICE_MEMBER void start() {
+            const rf_attention_params &p = k.a.p;
+            m = -INF;
+            l = slope = 0;
+            range = {0, 0};
+            position = 0;
+            RF_UNROLL
+            for (int t = 0; t < TILES; t++) RF_UNROLL
+            for (int i = 0; i < PER; i++) sums[t].x[i] = 0;
+            if (!has()) return;
+            int token = (int)rf_quotient((uint32_t)row_of(), k.a.group);
+            position = k.tile.kv_len - k.tile.q_len + token;
+            range = visible(p, k.tile, row_of(), (int)k.a.group.value);
+            if (p.alibi_slopes) {
+                int head = (group_y() - token) * (int)k.a.group.value + row_of();
+                slope = load<float>(p.alibi_slopes + head) * LOG2E;
+            }
+        }
+
+        RF_DEVICE_MEMBER bool sees(int token) const {
+            bool yes = token >= range.low && token < range.high;
+            int added = token - (k.tile.kv_len - k.tile.q_len);
+            if (k.masked && yes && added >= 0) {
+                const rf_attention_launch &b = fresh(k.a);
+                int mine = position - (k.tile.kv_len - k.tile.q_len);
+                yes = added < b.mask_width &&
+                      load<uint8_t>(b.p.mask + (k.tile.token0 + mine) * b.p.mask_stride + added);
+            }
+            return yes;
+        }
+
+        RF_DEVICE_MEMBER void multiply_keys(const Keys &keys, int piece, Sums *logits) const {
+            int from = opaque(WHOLE ? column() : lane()); /* or the query is kept in registers */
+            RF_UNROLL
+            for (int u = 0; u < UNITS / PIECES; u++) {
+                Operand q;
+                RF_UNROLL
+                for (int i = 0; i < SLOTS / 8; i++) {
+                    Bytes16 b = k.lds.query[index][u + piece * (UNITS / PIECES)][from + 16 * i];
+                    RF_UNROLL
+                    for (int j = 0; j < 4; j++) q.w[4 * i + j] = b.w[j];
+                }
+                RF_UNROLL
+                for (int s = 0; s < SUBTILES; s++) product<DTYPE>(keys.a[s][u], q, logits[s]);
+                if (WAVE == 32 && u % 2 == 1) keep_order();
+            }
+        }
+
+        /* Logits of a step become probabilities. */
+        RF_DEVICE_MEMBER void weigh(const Step &step, Sums *x) {
+            int mine = step.first + PER * group();
+            RF_UNROLL
+            for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+            for (int i = 0; i < PER; i++) x[s].x[i] *= k.factor;
+            if (k.capped) {
+                float cap = fresh(k.a).p.softcap * LOG2E;
+                RF_UNROLL
+                for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+                for (int i = 0; i < PER; i++) x[s].x[i] = cap * tanh(x[s].x[i]);
+            }
+            if (k.biased) {
+                RF_UNROLL
+                for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+                for (int i = 0; i < PER; i++)
+                    x[s].x[i] += slope * (float)(mine + 16 * s + i - position);
+            }
+            if (!step.steady) {
+                RF_UNROLL
+                for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+                for (int i = 0; i < PER; i++) {
+                    int token = mine + 16 * s + i;
+                    if (k.block_of(token) < 0 || !sees(token)) x[s].x[i] = -INF;
+                }
+            }
+            float top = x[0].x[0];
+            RF_UNROLL
+            for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+            for (int i = 0; i < PER; i++) top = larger(x[s].x[i], top);
+            if (any(top > m + LAG)) {
+                top = maximum<WAVE, 16>(larger(m, top));
+                float scale = top == -INF ? 1.0f : exp2(m - top);
+                m = top;
+                l *= scale;
+                RF_UNROLL
+                for (int t = 0; t < TILES; t++) RF_UNROLL
+                for (int i = 0; i < PER; i++) sums[t].x[i] *= scale;
+            }
+            float base = m == -INF ? 0.0f : m;
+            RF_UNROLL
+            for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+            for (int i = 0; i < PER; i++) {
+                x[s].x[i] = exp2(x[s].x[i] - base);
+                l += x[s].x[i];
+            }
+        }
+
+        RF_DEVICE_MEMBER void add_values(const Values &values, int piece, const Operand &p) {
+            RF_UNROLL
+            for (int j = 0; j < WIDTH; j++) {
+                Operand v;
+                RF_UNROLL
+                for (int i = 0; i < SLOTS / 2; i++) {
+                    unsigned x = values.w[2 * i][j / 2];
+                    unsigned y = values.w[2 * i + 1][j / 2];
+                    v.w[i] = j % 2 ? halves<true>(x, y) : halves<false>(x, y);
+                }
+                product<DTYPE>(v, p, sums[piece * WIDTH + j]);
+                if (WAVE == 32 && j % 2 == 1) keep_order(); /* or all of v is made at once */
+            }
+        }
+
+        RF_DEVICE_MEMBER void run(int turn, int turns) {
+            int first = k.begin / 16 * 16 + turn * STEP, stride = turns * STEP, ids[SUBTILES];
+            if (first >= k.end) return;
+            Keys keys;
+            Values values;
+            Operand p;
+            k.read_ids(first, ids);
+            Step step = k.step_at(first, ids);
+            if constexpr (AHEAD) {
+                k.read_keys(step, 0, keys);
+                k.read_values(step, 0, values);
+            }
+            k.read_ids(first + stride, ids);
+            for (;;) {
+                Sums x[SUBTILES] = {};
+                int after = step.first + stride;
+                bool more = after < k.end;
+                if constexpr (AHEAD) {
+                    Step next = step; /* after the last step: once more what is there */
+                    if (more) next = k.step_at(after, ids);
+                    k.read_ids(after + stride, ids);
+                    multiply_keys(keys, 0, x);
+                    keep_order();
+                    k.read_keys(next, 0, keys);
+                    weigh(step, x);
+                    p = operand_of<DTYPE>(x);
+                    add_values(values, 0, p);
+                    keep_order();
+                    k.read_values(next, 0, values);
+                    step = next;
+                } else {
+                    RF_UNROLL
+                    for (int piece = 0; piece < PIECES; piece++) {
+                        k.read_keys(step, piece, keys);
+                        multiply_keys(keys, piece, x);
+                        keep_order();
+                    }
+                    k.read_values(step, 0, values);
+                    weigh(step, x);
+                    p = operand_of<DTYPE>(x);
+                    add_values(values, 0, p);
+                    RF_UNROLL
+                    for (int piece = 1; piece < PIECES; piece++) {
+                        keep_order();
+                        k.read_values(step, piece, values);
+                        add_values(values, piece, p);
+                    }
+                    keep_order();
+                    step = k.step_at(after, ids);
+                    k.read_ids(after + stride, ids);
+                }
+                if (!more) return;
+            }
+        }
+
+        /* The states of waves with the same rows, one after the other, to that of turn 0. */
+        RF_DEVICE_MEMBER void merge(int slot, int turn, int turns) {
+            for (int other = 1; other < turns; other++)
+                for (int s = 0; s < RF_WAVES / turns; s++) {
+                    barrier(); /* nobody needs what is there: the query, or the state before */
+                    if (s == slot && turn == other) give();
+                    barrier();
+                    if (s == slot && turn == 0) take();
+                }
+        }
+        RF_DEVICE_MEMBER void give() const {
+            float(*state)[WAVE] = k.lds.state;
+            RF_UNROLL
+            for (int t = 0; t < TILES; t++) RF_UNROLL
+            for (int i = 0; i < PER; i++) state[t * PER + i][lane()] = sums[t].x[i];
+            state[TILES * PER][lane()] = m;
+            state[TILES * PER + 1][lane()] = l;
+        }
+        RF_DEVICE_MEMBER void take() {
+            const float(*state)[WAVE] = k.lds.state;
+            float its = state[TILES * PER][lane()], top = larger(its, m);
+            float base = top == -INF ? 0.0f : top;
+            float mine = exp2(m - base), theirs = exp2(its - base);
+            m = top;
+            l = l * mine + state[TILES * PER + 1][lane()] * theirs;
+            RF_UNROLL
+            for (int t = 0; t < TILES; t++) {
+                RF_UNROLL
+                for (int i = 0; i < PER; i++)
+                    sums[t].x[i] = sums[t].x[i] * mine + state[t * PER + i][lane()] * theirs;
+                keep_order(); /* not all of the state in registers at once */
+            }
+        }
+
+        RF_DEVICE_MEMBER void finish() {
+            float total = sum<WAVE, 16>(l);
+            if (!has()) return;
+            RF_UNROLL
+            for (int i = 0; i < PER * PIECES * WIDTH / 8; i++) {
+                float out[8];
+                int chunk;
+                if constexpr (WIDTH == 8) {
+                    int piece = i / PER;
+                    chunk = 16 * piece + PER * group() + i % PER;
+                    RF_UNROLL
+                    for (int j = 0; j < 8; j++) out[j] = sums[8 * piece + j].x[i % PER];
+                } else {
+                    int piece = 2 * i / PER, two = 2 * i % PER;
+                    chunk = 8 * piece + (PER * group() + two) / 2;
+                    RF_UNROLL
+                    for (int j = 0; j < 8; j++) out[j] = sums[4 * piece + j % 4].x[two + j / 4];
+                }
+                leave(fresh(k.a), k.tile, k.share.splits, group_z(), row_of(), chunk, out, m,
+                      total);
+            }
+        }
+
+        RF_DEVICE_MEMBER void operator()(int slot, int turn, int turns) {
+            start();
+            run(turn, turns);
+            merge(slot, turn, turns);
+            if (turn == 0) finish();
+        }
+    };
+
+    /* ---------------------------------------------------------------- a workgroup */
+
+    RF_DEVICE_MEMBER void read_query(int index) {
+        const rf_attention_params &p = a.p;
+        int mine = 16 * index + column();
+        const char *at = nullptr;
+        if (mine < tile.rows) {
+            int token = (int)rf_quotient((uint32_t)(tile.row0 + mine), a.group);
+            int head = (group_y() - token) * (int)a.group.value + tile.row0 + mine;
+            at = static_cast<const char *>(p.query.data) +
+                 ((tile.token0 + token) * p.query.token_stride + head * p.query.head_stride) * 2;
+        }
+        RF_UNROLL
+        for (int u = 0; u < DIM / (8 * GROUPS); u++) {
+            Bytes16 b = {{0, 0, 0, 0}};
+            if (at) b = load<Bytes16>(at + 16 * (GROUPS * u + group()));
+            lds.query[index][u][lane()] = b;
+        }
+    }
+
+    RF_DEVICE_MEMBER void run(int apart) {
+        int index = wave() % apart, last = smaller(16 * (index + 1), tile.rows) - 1;
+        begin = end = low = high = 0;
+        if (16 * index <= last) {
+            int group = (int)a.group.value;
+            Range of_first = visible(a.p, tile, tile.row0 + 16 * index, group);
+            Range of_last = visible(a.p, tile, tile.row0 + last, group);
+            begin = uniform(larger(share.begin, of_first.low));
+            end = uniform(smaller(share.end, of_last.high));
+            low = uniform(larger(begin, of_last.low));
+            high = uniform(smaller(end, of_first.high));
+            if (masked) high = smaller(high, tile.kv_len - tile.q_len);
+        }
+        Wave{*this, index}(wave() % apart, wave() / apart, RF_WAVES / apart);
+    }
+
+    RF_DEVICE_MEMBER void operator()() {
+        const rf_attention_params &p = a.p;
+        if (!find_tile<RF_MATRIX_ROWS>(a, group_x(), tile)) return;
+        tile.rows = uniform(tile.rows), tile.row0 = uniform(tile.row0);
+        tile.kv_len = uniform(tile.kv_len), tile.q_len = uniform(tile.q_len);
+        share = share_of(a, tile, group_z());
+        share.splits = uniform(share.splits);
+        if (group_z() >= share.splits) return;
+        capped = p.softcap > 0;
+        factor = capped ? p.scale / p.softcap : p.scale * LOG2E;
+        biased = p.alibi_slopes != nullptr;
+        masked = p.mask != nullptr;
+        k_lane = (unsigned)(row() * p.k.token_stride + first_slot()) * 2;
+        v_lane = (unsigned)(slot_group() * p.v.token_stride + row() * WIDTH) * 2;
+        int tiles = (tile.rows + 15) / 16;
+        read_query(wave()); /* zeros past the tile's rows */
+        barrier();
+        run(tiles <= 2 ? tiles : 4);
+    }
+};
+
+template <int DTYPE, int DIM> RF_DEVICE void attend_by_matrix(const rf_attention_launch &p) {
+    using Kernel = MatrixAttention<DTYPE, DIM>;
+    RF_SHARED(typename Kernel::Shared, lds);
+    Kernel{p, lds}();
+}
+
+} // namespace rf
+
+#define RF_MATRIX_KERNEL(name, dtype, dim)                                                         \
+    RF_KERNEL(paged_attention_matrix_##name##_d##dim, rf_attention_launch) {                       \
+        rf::attend_by_matrix<dtype, dim>(p);                                                       \
+    }
+RF_MATRIX_INSTANCES(RF_MATRIX_KERNEL)
+
+RF_KERNEL(paged_attention_matrix_reduce, rf_attention_launch) { rf::reduce(p, RF_MATRIX_ROWS); }

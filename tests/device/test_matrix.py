@@ -1,0 +1,123 @@
+"""Attention by matrix instructions against the float64 oracle, and who gets them.
+
+The simulated chips have each kind of matrix unit (simulated.h); what the other tests of
+attention check of float16 and bfloat16 with these sizes of head runs here on two of them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from device_cases import FEATURES, attend, check, on, up
+from ops_cases import BFLOAT16, FLOAT16, FLOAT32, bits, make, tree_mask
+from rocmforge.ops import paged_attention
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "heads", "block_size", "layout"),
+    [
+        (FLOAT16, 64, (4, 1), 16, "HND"),
+        (BFLOAT16, 64, (3, 3), 7, "NHD"),
+        (BFLOAT16, 128, (4, 1), 32, "NHD"),
+        (FLOAT16, 128, (8, 2), 1, "HND"),
+        (BFLOAT16, 256, (8, 1), 16, "HND"),
+        (FLOAT16, 256, (4, 2), 48, "NHD"),
+    ],
+)
+def test_decode(device, dtype, head_dim, heads, block_size, layout):
+    contexts = [1, 16, 70, 0, 200, 33]
+    problem = make(
+        dtype, contexts, heads=heads, head_dim=head_dim, block_size=block_size, layout=layout
+    )
+    check(problem, device)
+    check(problem, device, launch={"num_splits": 3})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads"),
+    [(FLOAT16, (4, 1)), (BFLOAT16, (8, 2)), (BFLOAT16, (1, 1)), (FLOAT16, (40, 1))],
+)
+def test_verification_and_prefill(device, dtype, heads):
+    """Sequences of 1 to 4 tiles of 16 rows, and of several workgroups."""
+    problem = make(dtype, [150, 64, 7, 0, 33], [4, 40, 1, 0, 33], heads=heads, head_dim=128)
+    check(problem, device)
+    check(problem, device, causal=False)
+
+
+@pytest.mark.parametrize("queries", [None, [1, 40, 7, 1]], ids=["decode", "ragged"])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features(device, feature, queries):
+    problem = make(FLOAT16, [130, 64, 80, 1], queries, heads=(4, 2), head_dim=64)
+    check(problem, device, **FEATURES[feature])
+
+
+def test_masks_and_holes(device):
+    problem = make(BFLOAT16, [140, 90, 200], [6, 1, 8], heads=(4, 2), head_dim=128, holes=0.3)
+    check(problem, device)
+    check(problem.but(mask=tree_mask(problem)), device)
+
+
+def test_logits_that_rise(device):
+    """The maximum is replaced again and again, and rows differ in when."""
+    problem = make(BFLOAT16, [500], [3], heads=(4, 1), head_dim=64)
+    keys = problem.k_cache.astype(np.float32)
+    for i, block in enumerate(problem.block_table[0, :32]):
+        keys[block] *= (i % 7) * 2.0
+    check(problem.but(k_cache=keys.astype(BFLOAT16)), device)
+
+
+def test_bits_do_not_depend_on_the_batch(device):
+    problem = make(BFLOAT16, [1100, 40, 600, 90], [1, 40, 5, 90], heads=(8, 2), head_dim=64)
+    together, lse = attend(problem, device, return_lse=True)
+    for i in range(4):
+        start, stop = problem.cu_seqlens_q[i : i + 2]
+        alone, alone_lse = attend(problem.only(i), device, return_lse=True)
+        assert np.array_equal(bits(alone), bits(together[start:stop]))
+        assert np.array_equal(bits(alone_lse), bits(lse[start:stop]))
+
+
+def test_what_no_row_of_a_tile_sees_does_not_matter(device):
+    """NaN and infinities past the end, before a window, in a hole, in the pool's first block."""
+    problem = make(FLOAT16, [50, 70], [2, 1], heads=(4, 1), head_dim=64, block_size=16)
+    got = attend(problem, device, window_size=(20, 0))
+    dirty = {}
+    for name in ("k_cache", "v_cache"):
+        cache = getattr(problem, name).copy()
+        for row, length in zip(problem.block_table, (50, 70), strict=True):
+            cache[row[0]] = np.nan  # before the window
+            cache[row[length // 16], :, length % 16 :] = np.inf
+        dirty[name] = cache
+    again = attend(problem.but(**dirty), device, window_size=(20, 0))
+    assert np.array_equal(bits(got), bits(again))
+
+
+def test_strides(device):
+    """Keys and values between each other, misaligned, beside other things."""
+    problem = make(BFLOAT16, [90, 33], [3, 1], heads=(4, 2), head_dim=64)
+    blocks, heads, tokens, dim = problem.k_cache.shape
+    fused = np.zeros((blocks, heads, tokens, 2, dim + 3), BFLOAT16)
+    fused[..., 0, 1 : dim + 1], fused[..., 1, 1 : dim + 1] = problem.k_cache, problem.v_cache
+    moved = up(fused, device)
+    case = on(problem, device).but(
+        k_cache=moved[..., 0, 1 : dim + 1], v_cache=moved[..., 1, 1 : dim + 1]
+    )
+    want = attend(problem, device)
+    assert np.array_equal(bits(case.call(paged_attention).numpy()), bits(want))
+
+
+def test_who_takes_a_call(device):
+    """A NaN that the first of two rows does not see reaches it by matrix instructions alone."""
+    for dtype, head_dim, unit in (
+        (FLOAT16, 64, True),
+        (BFLOAT16, 128, True),
+        (BFLOAT16, 256, True),
+        (BFLOAT16, 512, False),
+        (FLOAT16, 72, False),
+        (FLOAT32, 64, False),
+    ):
+        problem = make(dtype, [50], [2], heads=(1, 1), head_dim=head_dim)
+        problem.v_cache[problem.block_table[0, 49 // 16], :, 49 % 16] = np.nan
+        first = attend(problem, device)[0]
+        unit &= not device.architecture.startswith("gfx1030")
+        assert np.isnan(first).all() == unit, (dtype, head_dim)
