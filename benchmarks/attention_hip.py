@@ -69,7 +69,11 @@ class Problem:
 def in_turn(runs: Runs) -> Callable[[], object]:
     """Call the next one each time."""
     turn = itertools.cycle(runs)
-    return lambda: next(turn)()
+
+    def call() -> object:
+        return next(turn)()
+
+    return call
 
 
 class Bench:

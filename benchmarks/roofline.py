@@ -24,10 +24,10 @@ the floors alone without them. LLVM 19 does not know gfx950.
 Sources, as found by search in 2026-11, mostly in pages that quote AMD's own: compute units, highest
 clock and bandwidth of AMD's product pages and data sheets (Instinct MI250X, of which one die is
 half; MI300X; MI355X; Radeon RX 6900 XT, 7900 XTX, 9060 XT, 9070 XT; Ryzen AI Max+ 395). Operations
-of a compute unit in a cycle, float16 matrix and dense, are those of the architectures (CDNA 2 1,024,
-CDNA 3 2,048, CDNA 4 4,096, RDNA 3 512, RDNA 4 1,024; RDNA 2 has no matrix unit and 128 of float32),
-checked by units x clock x operations, which give the peaks that are published: 191.5 (a die), 1,307,
-2,517, 23.0, 123, 103 and 195 TFLOP/s.
+of a compute unit in a cycle, float16 matrix and dense, are those of the architectures (CDNA 2:
+1,024, CDNA 3: 2,048, CDNA 4: 4,096, RDNA 3: 512, RDNA 4: 1,024; RDNA 2 has no matrix unit and 128
+of float32), checked by units x clock x operations, which give the peaks that are published: 191.5
+(a die), 1,307, 2,517, 23.0, 123, 103 and 195 TFLOP/s.
 """
 
 import argparse
