@@ -24,7 +24,7 @@ RF_INLINE void prefetch_vector(rf_ahead a, int t, int bytes) {
  * line. Zen 4 drops prefetches when it has no room for them; what was dropped is found missing here
  * and not where it is computed with, and in an order that the processor's own prefetching follows:
  * blocks of rows and halves of vectors it does not (9 GB/s against 19, without other prefetches).
- * Gained a twentieth to an eighth in decode of bfloat16, a sixth in verification, and nothing over
+ * Gained 4 to 10% in decode of bfloat16, a sixth in verification, and nothing over
  * 8-bit caches, whose arithmetic is what takes the time. */
 RF_INLINE void prefetch_own(const rf_phase *x, int t, int count, int size) {
     if (size == 1) return;
