@@ -197,9 +197,9 @@ static void dot(job *j) {
     __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00);
     for (int i = 0; i < 12; i++) s[i] = _mm512_set1_ps((float)i); /* or they are one */
     for (int64_t i = 0; i < j->bytes; i++) {
+        __asm__ volatile("" : "+v"(a)); /* on s, it would make them live in memory */
 #pragma GCC unroll 12
         for (int k = 0; k < 12; k++) s[k] = _mm512_dpbf16_ps(s[k], a, a);
-        __asm__ volatile("" : "+v"(s[0]));
     }
     for (int k = 1; k < 12; k++) s[0] = _mm512_add_ps(s[0], s[k]);
     keep(j, (vec[8]){(vec)s[0]});

@@ -56,7 +56,7 @@ typedef struct amx_tiles {
 /* c = a b, or with `add` c += a b: na x nb tiles, each 1 or 2, summed over `steps` tiles. Meanwhile
  * fetches a line of each of 16 na vectors a step, from token `first` on. */
 RF_INLINE void amx_block(const amx_tiles *a, const amx_tiles *b, int na, int nb, int steps,
-                         float *c, int64_t ldc, int add, const rf_ahead *ahead, int first) {
+                         float *c, int64_t ldc, int add, rf_ahead ahead, int first) {
     float *const below = c + 16 * ldc;
     const int64_t stride = ldc * (int64_t)sizeof(float);
     if (add) {
@@ -84,8 +84,7 @@ RF_INLINE void amx_block(const amx_tiles *a, const amx_tiles *b, int na, int nb,
         }
         if (na > 1 && nb > 1) AMX_DOT(3, 5, 7);
         if (!ahead) continue;
-        for (int t = first; t < first + 16 * na && t < ahead->n; t++)
-            __builtin_prefetch(ahead->row[t] + k * 64, 0, 2);
+        for (int t = first; t < first + 16 * na; t++) __builtin_prefetch(ahead[t] + k * 64, 0, 2);
     }
     AMX_STORE(0, c, stride);
     if (nb > 1) AMX_STORE(1, c + 16, stride);
@@ -93,7 +92,7 @@ RF_INLINE void amx_block(const amx_tiles *a, const amx_tiles *b, int na, int nb,
     if (na > 1 && nb > 1) AMX_STORE(3, below + 16, stride);
 }
 RF_INLINE void amx_blocks(const amx_tiles *a, const amx_tiles *b, int na, int nb, int steps,
-                          float *c, int64_t ldc, int add, const rf_ahead *ahead, int first) {
+                          float *c, int64_t ldc, int add, rf_ahead ahead, int first) {
     if (na > 1 && nb > 1) amx_block(a, b, 2, 2, steps, c, ldc, add, ahead, first);
     else if (na > 1) amx_block(a, b, 2, 1, steps, c, ldc, add, ahead, first);
     else if (nb > 1) amx_block(a, b, 1, 2, steps, c, ldc, add, ahead, first);
@@ -139,7 +138,7 @@ static void amx_keys(const rf_phase *x, uint16_t *work, amx_tiles keys[AMX_KEYS]
 /* As dot_scores_many: of whole sixteens of tokens, those past the end are not read. ahead: NULL, or
  * what to fetch. */
 static void amx_scores(const uint32_t *q, int64_t ld, const amx_tiles keys[AMX_KEYS], int n,
-                       int dim, const rf_ahead *ahead, float factor, float *s) {
+                       int dim, rf_ahead ahead, float factor, float *s) {
     const int64_t stride = ld * 4;
     const int steps = (dim + 31) / 32;
     for (int64_t r = 0; r < ld; r += 32, ahead = NULL) {

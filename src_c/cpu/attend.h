@@ -9,9 +9,6 @@
 
 #include "softmax.h"
 
-/* Of what is fetched while scores are computed, one part in so many is left for the softmax. */
-#define RF_GAP 4
-
 static const int8_t rf_size[RF_NUM_DTYPES] = {4, 2, 2, 1, 1, 1};
 
 /* Rows of a head: how many there are, and how many it takes in scratch and states. */
@@ -183,20 +180,17 @@ RF_INLINE const char *at_head(const char *base, const rf_paged *pool, int size, 
     return base + h * pool->head_stride * size;
 }
 
-/* The masked logits of a head. gap: a softmax comes next, which takes time, too, in which memory
- * must not rest: what is fetched for the last tokens is fetched in one go before it. */
-static void score_head(rf_work *w, const rf_tile *t, int h, rf_ahead ahead, int gap) {
+/* The masked logits of a head. */
+static void score_head(rf_work *w, const rf_tile *t, int h, rf_ahead ahead) {
     const rf_attention_params *p = w->p;
     const rf_shape *s = &w->shape;
     const int n = t->n, size = rf_size[p->kv_dtype];
     const char *q = w->q + h * s->head_rows * s->q_dim * 4;
     const float factor = p->scale * RF_LOG2E * head_scale(p, &p->k_scale, w->task->head + h);
     float *to = scores_at(w, h);
-    if (gap) ahead.n = n - n / RF_GAP;
     const rf_phase x = {at_head(w->k, &p->k, size, h), t->k, ahead, n, p->head_dim};
     if (s->many) w->f->scores_many(q, s->head_rows, &x, factor, to, w->wide);
     else w->f->scores_few(q, s->q_dim, &x, s->rows, factor, to);
-    for (int i = ahead.n; i < n; i++) prefetch_vector(&ahead, i, size * p->head_dim);
     if (w->change) change_logits(w, t, h, to);
     mask_scores(p, s, &w->seq, w->task->q0, w->task->num_q, t, to);
 }
@@ -227,8 +221,7 @@ static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state
     make_ahead(&p->v, w->v, size, t->v, n, heads, n * heads, &w->ahead);
     for (int h = 0, end; h < heads; h = end) {
         end = h + together < heads ? h + together : heads;
-        for (int i = h; i < end; i++)
-            score_head(w, t, i, (rf_ahead){w->ahead.row + i * n, n}, i + 1 == end);
+        for (int i = h; i < end; i++) score_head(w, t, i, w->ahead.row + i * n);
         softmax_heads(w, t, st, h, end);
     }
     if (next && scales_by_token(p, &p->k_scale))
@@ -238,7 +231,7 @@ static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state
     if (next) make_ahead(&p->k, w->k, size, next->k, next->n, heads, n * heads, &w->ahead);
     for (int h = 0; h < heads; h++) {
         const int64_t r = h * s->head_rows;
-        const rf_ahead ahead = {next ? w->ahead.row + h * n : NULL, n};
+        const rf_ahead ahead = next ? w->ahead.row + h * n : NULL;
         const rf_phase x = {at_head(w->v, &p->v, size, h), t->v, ahead, n, p->v_head_dim};
         float *acc = st.acc + r * s->v_dim, *to = scores_at(w, h);
         const float *alpha = fresh ? NULL : w->alpha + r;

@@ -137,41 +137,52 @@ RF_INLINE void pack_row(float *p, int n) {
 /* ---- many rows ---- */
 
 /* Scores of tb tokens with nv vectors of rows, s[token * ld + row]. q: pairs of elements,
- * q[pair * ld + row]; keys are bfloat16 in the same order of elements. */
+ * q[pair * ld + row]; keys are bfloat16 in the same order of elements. tb divides a tile where it
+ * can; with one vector the pointers of tb tokens are more than there are registers, so each is used
+ * for four pairs (loaded for every pair, they took a third of the time). */
 RF_INLINE void dot_many_block(const uint32_t *q, int64_t ld, const uint16_t *const *k,
-                              const rf_ahead *ahead, int first, int dim, int tb, int nv, vf factor,
+                              rf_ahead ahead, int first, int dim, int tb, int nv, vf factor,
                               float *s) {
-    vf acc[12][4];
+    vf acc[16][4];
     for (int t = 0; t < tb; t++)
         for (int j = 0; j < nv; j++) acc[t][j] = vf_zero();
-    for (int d = 0; d < dim / 2; d++) {
-        __m512i x[4];
+    const int step = nv > 2 ? 1 : 4 / nv;  /* pairs whose queries are held at once */
+    for (int d = 0; d < dim / 2; d += 4) { /* dim is a multiple of 8 */
         if (ahead) prefetch_element(ahead, first, tb, 2 * d, (int)sizeof(uint16_t));
 #pragma GCC unroll 4
-        for (int j = 0; j < nv; j++) x[j] = _mm512_loadu_si512(q + d * ld + j * 16);
-#pragma GCC unroll 12
-        for (int t = 0; t < tb; t++) {
-            int pair;
-            memcpy(&pair, k[t] + 2 * d, sizeof pair);
-            __m512i y = _mm512_set1_epi32(pair);
+        for (int e = d; e < d + 4; e += step) {
+            __m512i x[4][4];
 #pragma GCC unroll 4
-            for (int j = 0; j < nv; j++) acc[t][j] = vf_dot(acc[t][j], x[j], y);
+            for (int i = 0; i < step; i++)
+#pragma GCC unroll 4
+                for (int j = 0; j < nv; j++)
+                    x[i][j] = _mm512_loadu_si512(q + (e + i) * ld + j * 16);
+#pragma GCC unroll 16
+            for (int t = 0; t < tb; t++)
+#pragma GCC unroll 4
+                for (int i = 0; i < step; i++) {
+                    int pair;
+                    memcpy(&pair, k[t] + 2 * (e + i), sizeof pair);
+                    __m512i y = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+                    for (int j = 0; j < nv; j++) acc[t][j] = vf_dot(acc[t][j], x[i][j], y);
+                }
         }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 16
     for (int t = 0; t < tb; t++)
 #pragma GCC unroll 4
         for (int j = 0; j < nv; j++) vf_store(s + t * ld + j * 16, vf_mul(acc[t][j], factor));
 }
 
 /* Of tokens past the end, the scores are written and not read. */
-RF_INLINE void dot_many_rows(const uint32_t *q, int64_t ld, const rf_phase *x,
-                             const rf_ahead *ahead, int tb, int nv, vf factor, float *s) {
+RF_INLINE void dot_many_rows(const uint32_t *q, int64_t ld, const rf_phase *x, rf_ahead ahead,
+                             int tb, int nv, vf factor, float *s) {
     for (int t = 0; t < x->n; t += tb) {
-        const uint16_t *k[12];
+        const uint16_t *k[16];
+        if (ahead && t + tb < x->n) prefetch_own(x, t + tb, tb, (int)sizeof(uint16_t));
         for (int i = 0; i < tb; i++) k[i] = (const uint16_t *)x->base + x->off[t + i];
-        dot_many_block(q, ld, k, t < x->ahead.n ? ahead : NULL, t, x->dim, tb, nv, factor,
-                       s + t * ld);
+        dot_many_block(q, ld, k, ahead, t, x->dim, tb, nv, factor, s + t * ld);
     }
 }
 
@@ -179,12 +190,12 @@ static void dot_scores_many(const void *query, int64_t ld, const rf_phase *x, fl
                             float *s) {
     const uint32_t *q = query;
     const vf f = vf_set1(factor);
-    const rf_ahead *ahead = x->ahead.row ? &x->ahead : NULL; /* for the first rows only */
+    rf_ahead ahead = x->ahead; /* for the first rows only */
     for (int64_t r = 0, nv; r < ld; r += nv * 16, ahead = NULL) {
         nv = (ld - r) / 16 < 4 ? (ld - r) / 16 : 4;
         switch (nv) {
-        case 1: dot_many_rows(q + r, ld, x, ahead, 12, 1, f, s + r); break;
-        case 2: dot_many_rows(q + r, ld, x, ahead, 12, 2, f, s + r); break;
+        case 1: dot_many_rows(q + r, ld, x, ahead, 16, 1, f, s + r); break;
+        case 2: dot_many_rows(q + r, ld, x, ahead, 8, 2, f, s + r); break;
         case 3: dot_many_rows(q + r, ld, x, ahead, 8, 3, f, s + r); break;
         default: dot_many_rows(q + r, ld, x, ahead, 6, 4, f, s + r); break;
         }

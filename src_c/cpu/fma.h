@@ -7,9 +7,8 @@
 
 /* Scores of tb tokens with nv vectors of rows, s[token * ld + row]: a key's element meets all rows
  * at once, so keys are broadcast and nothing is summed across lanes. q[element * ld + row]. */
-RF_INLINE void qk_many_block(const float *q, int64_t ld, const float *const *k,
-                             const rf_ahead *ahead, int first, int dim, int tb, int nv, vf factor,
-                             float *s) {
+RF_INLINE void qk_many_block(const float *q, int64_t ld, const float *const *k, rf_ahead ahead,
+                             int first, int dim, int tb, int nv, vf factor, float *s) {
     vf acc[RF_MANY_TB][RF_MANY_NV];
     for (int t = 0; t < tb; t++)
         for (int j = 0; j < nv; j++) acc[t][j] = vf_zero();
@@ -32,19 +31,18 @@ RF_INLINE void qk_many_block(const float *q, int64_t ld, const float *const *k,
 }
 
 /* Of tokens past the end, the scores are written and not read. */
-RF_INLINE void qk_many_rows(const float *q, int64_t ld, const rf_phase *x, const rf_ahead *ahead,
-                            int tb, int nv, vf factor, float *s) {
+RF_INLINE void qk_many_rows(const float *q, int64_t ld, const rf_phase *x, rf_ahead ahead, int tb,
+                            int nv, vf factor, float *s) {
     for (int t = 0; t < x->n; t += tb) {
         const float *k[RF_MANY_TB];
         for (int i = 0; i < tb; i++) k[i] = (const float *)x->base + x->off[t + i];
-        qk_many_block(q, ld, k, t < x->ahead.n ? ahead : NULL, t, x->dim, tb, nv, factor,
-                      s + t * ld);
+        qk_many_block(q, ld, k, ahead, t, x->dim, tb, nv, factor, s + t * ld);
     }
 }
 
 static void scores_of_many(const float *q, int64_t ld, const rf_phase *x, float factor, float *s) {
     const vf f = vf_set1(factor);
-    const rf_ahead *ahead = x->ahead.row ? &x->ahead : NULL; /* for the first rows only */
+    rf_ahead ahead = x->ahead; /* for the first rows only */
     for (int64_t r = 0, nv; r < ld; r += nv * RF_W, ahead = NULL) {
         nv = (ld - r) / RF_W < RF_MANY_NV ? (ld - r) / RF_W : RF_MANY_NV;
         switch (nv) {

@@ -7,9 +7,8 @@
 
 /* Scores of rb rows with RF_TB tokens; u: which block of the tile. fixed: dim is known when
  * compiling, a multiple of 4 vectors. */
-RF_INLINE void NAME(qk_block)(const float *q, int64_t ldq, const T *const k[RF_TB],
-                              const rf_ahead *ahead, int u, int dim, int fixed, int rb, vf factor,
-                              float *s) {
+RF_INLINE void NAME(qk_block)(const float *q, int64_t ldq, const T *const k[RF_TB], rf_ahead ahead,
+                              int u, int dim, int fixed, int rb, vf factor, float *s) {
     vf acc[RF_RB][RF_TB];
     for (int r = 0; r < rb; r++)
         for (int t = 0; t < RF_TB; t++) acc[r][t] = vf_zero();
@@ -38,21 +37,21 @@ RF_INLINE void NAME(qk_block)(const float *q, int64_t ldq, const T *const k[RF_T
     rf_reduce(acc, rb, factor, s + u * RF_TB, RF_FEW_LD);
 }
 
-RF_INLINE void NAME(qk_tokens)(const float *q, int64_t ldq, rf_phase x, const rf_ahead *ahead,
-                               int dim, int fixed, int rb, vf factor, float *s) {
+RF_INLINE void NAME(qk_tokens)(const float *q, int64_t ldq, rf_phase x, rf_ahead ahead, int dim,
+                               int fixed, int rb, vf factor, float *s) {
     for (int t = 0; t < x.n; t += RF_TB) {
         const T *k[RF_TB];
+        if (ahead) prefetch_own(&x, t + RF_TB, RF_TB, (int)sizeof(T));
         for (int i = 0; i < RF_TB; i++) /* past the end: scores nobody reads */
             k[i] = (const T *)x.base + x.off[t + i];
-        NAME(qk_block)(q, ldq, k, t < x.ahead.n ? ahead : NULL, t / RF_TB, dim, fixed, rb, factor,
-                       s);
+        NAME(qk_block)(q, ldq, k, ahead, t / RF_TB, dim, fixed, rb, factor, s);
     }
 }
 
 /* The first block of rows prefetches, the others find the keys in the cache. */
 RF_INLINE void NAME(qk_rows)(const float *q, int64_t ldq, rf_phase x, int dim, int fixed,
                              int64_t rows, vf factor, float *s) {
-    const rf_ahead *ahead = x.ahead.row ? &x.ahead : NULL;
+    rf_ahead ahead = x.ahead;
     int64_t r = 0;
     for (; r + RF_RB <= rows; r += RF_RB, ahead = NULL)
         NAME(qk_tokens)(q + r * ldq, ldq, x, ahead, dim, fixed, RF_RB, factor, s + r * RF_FEW_LD);
@@ -81,7 +80,7 @@ static void NAME(qk_few)(const void *query, int64_t ldq, const rf_phase *x, int6
 /* acc = acc * alpha + p v (p v for alpha NULL) for rb rows and `pairs` pairs of vectors from
  * element c on; the last may be a part. Probabilities: p[row * rs + token * ts]. */
 RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const float *p,
-                              int64_t rs, int64_t ts, rf_phase x, const rf_ahead *ahead, int dim,
+                              int64_t rs, int64_t ts, rf_phase x, rf_ahead ahead, int dim,
                               int fixed, int c, int pairs, int part, int rb) {
     vf a[RF_RB][4];
     acc += c;
@@ -101,6 +100,7 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
                 rf_ld2_part(row + j * 2 * RF_W, part, &v[2 * j], &v[2 * j + 1]);
             else rf_ld2(row + j * 2 * RF_W, &v[2 * j], &v[2 * j + 1]);
         }
+        if (ahead && c == 0) prefetch_own(&x, t + 4, 1, (int)sizeof(T));
         if (ahead && fixed) prefetch_step(ahead, c / (4 * RF_W) * x.n + t, step, bytes);
         else if (ahead && c == 0) prefetch_vector(ahead, t, dim * (int)sizeof(T));
 #pragma GCC unroll 8
@@ -117,8 +117,8 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
 }
 
 RF_INLINE void NAME(pv_dims)(float *acc, int64_t lda, const float *alpha, const float *p,
-                             int64_t rs, int64_t ts, rf_phase x, const rf_ahead *ahead, int dim,
-                             int fixed, int rb) {
+                             int64_t rs, int64_t ts, rf_phase x, rf_ahead ahead, int dim, int fixed,
+                             int rb) {
     int c = 0;
     for (; c + 4 * RF_W <= dim; c += 4 * RF_W)
         NAME(pv_block)(acc, lda, alpha, p, rs, ts, x, ahead, dim, fixed, c, 2, 0, rb);
@@ -130,7 +130,7 @@ RF_INLINE void NAME(pv_dims)(float *acc, int64_t lda, const float *alpha, const 
 
 RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const float *p,
                              int64_t rs, int64_t ts, rf_phase x, int dim, int fixed, int64_t rows) {
-    const rf_ahead *ahead = x.ahead.row ? &x.ahead : NULL;
+    rf_ahead ahead = x.ahead;
     int64_t r = 0;
     for (; r + RF_RB <= rows; r += RF_RB, ahead = NULL)
         NAME(pv_dims)(acc + r * lda, lda, alpha ? alpha + r : NULL, p + r * rs, rs, ts, x, ahead,
@@ -179,7 +179,7 @@ static void NAME(widen)(const rf_phase *x, float *out, int64_t ld) {
     for (int t = 0; t < x->n; t++) {
         const T *row = (const T *)x->base + x->off[t];
         float *to = out + t * ld;
-        if (x->ahead.row) prefetch_vector(&x->ahead, t, x->dim * (int)sizeof(T));
+        if (x->ahead) prefetch_vector(x->ahead, t, x->dim * (int)sizeof(T));
         for (int c = 0; c < x->dim; c += 2 * RF_W) {
             vf a, b;
             if (x->dim - c >= 2 * RF_W) rf_ld2(row + c, &a, &b);

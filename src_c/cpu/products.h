@@ -5,12 +5,9 @@
 
 #include <stdint.h>
 
-/* What to fetch while a phase reads its own vectors: as many, at other places. row NULL: nothing.
- */
-typedef struct rf_ahead {
-    const char *const *row; /* RF_SLACK more than tokens */
-    int n; /* of them for the phase itself; the others are for whoever comes after */
-} rf_ahead;
+/* What to fetch while a phase reads its own vectors: as many, and RF_SLACK more, at other places.
+ * NULL: nothing. */
+typedef const char *const *rf_ahead;
 
 /* One phase of a tile and head: vectors to be read, and what to fetch meanwhile. */
 typedef struct rf_phase {
