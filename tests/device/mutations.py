@@ -47,14 +47,14 @@ MUTATIONS = [
     (
         "causal bound off by one",
         "attention",
-        "attention.hip",
+        "attention.h",
         "high = smaller(high, position + 1);",
         "high = smaller(high, position + 2);",
     ),
     (
         "window off by one",
         "attention",
-        "attention.hip",
+        "attention.h",
         "low = position - p.window_left;",
         "low = position - p.window_left + 1;",
     ),
@@ -90,14 +90,14 @@ MUTATIONS = [
     (
         "last split dropped",
         "attention",
-        "attention.hip",
+        "attention.h",
         "for (int i = 0; i < splits; i++) {\n            float m",
         "for (int i = 0; i < splits - 1; i++) {\n            float m",
     ),
     (
         "sink left out",
         "attention",
-        "attention.hip",
+        "attention.h",
         "exp2(sink - base)",
         "0.0f",
     ),
