@@ -24,12 +24,15 @@ What was learnt:
   tokens: 40 to 36 ns.
 - In a new pool the kernel still has to find memory, a page at a time: with huge pages 1,000
   evictions take 37 us instead of 45, and a pool of 1,000,000 blocks is there in 1.1 ms instead of
-  1.9. In a pool that was used before, a step takes as long as in a new one: what it saves of page
-  faults it pays for blocks in the order in which they came back.
+  1.9.
+- The collection of garbage before a run empties the caches, and 64 steps do not hide what the first
+  of them then costs (10 us a step instead of 8), so that steps are timed when some were taken, as
+  vLLM's are.
 """
 
 import argparse
 import ctypes
+import gc
 import json
 import statistics
 import subprocess
@@ -202,27 +205,26 @@ def measure(quick: bool) -> list[Row]:
         return manager
 
     def decode_once(with_tokens: bool, given: object, reuse: bool) -> float:
-        """Median of whole steps, the manager made anew before sequences grow too long."""
+        """Seconds of a step, of 64 in a manager of their own."""
         tokens = np.arange(SEQUENCES, dtype=np.int32)
+        manager = running(512)
+        batch = None
 
-        def prepare() -> Function:
-            manager = running(512)
-            batch = [manager.append(given, 1, tokens) if with_tokens else manager.append(given, 1)]
-            if with_tokens:
-                manager.commit(batch[0])
+        def steps(number: int) -> None:
+            nonlocal batch
+            for _ in range(number):
+                out = batch if reuse else None
+                if with_tokens:
+                    batch = manager.append(given, 1, tokens, out=out)
+                    manager.commit(batch)
+                else:
+                    batch = manager.append(given, 1, out=out)
 
-            def steps() -> None:
-                for _ in range(64):
-                    out = batch[0] if reuse else None
-                    if with_tokens:
-                        batch[0] = manager.append(given, 1, tokens, out=out)
-                        manager.commit(batch[0])
-                    else:
-                        batch[0] = manager.append(given, 1, out=out)
-
-            return steps
-
-        return median_once(prepare, repeats=3 if quick else 25) / 64
+        gc.collect()
+        steps(16)  # the collection emptied the caches
+        begin = time.perf_counter()
+        steps(64)
+        return (time.perf_counter() - begin) / 64
 
     vllm = vllm_or_none(40_000)
     vllm_step = None
@@ -267,7 +269,9 @@ def measure(quick: bool) -> list[Row]:
         ("decode step with tokens and commit", 10, True, ids64, True),
     ):
         row = Row(name, reach, "us")
-        row.ours = decode_once(with_tokens, given, reuse)
+        row.ours = statistics.median(
+            decode_once(with_tokens, given, reuse) for _ in range(3 if quick else 25)
+        )
         row.c, row.vllm = plain_step, vllm_step if with_tokens else None
         rows.append(row)
 
