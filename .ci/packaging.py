@@ -23,7 +23,7 @@ USE = (
 
 # Two exact architectures of two wave sizes; the default is those of the machine's GPUs, if any.
 ARCHITECTURES = ("gfx942", "gfx1100")
-FAMILIES = ("attention", "copy", "merge", "write")
+FAMILIES = ("attention", "copy", "matrix", "merge", "write")
 ANSWER = (
     "from rocmforge.hip import built_architectures as built;"
     f"assert built() == {sorted(ARCHITECTURES)}, built()"
