@@ -18,8 +18,16 @@ misses, and which kind of instruction most of its loop is.
 The loop is the cheapest way around it: no mask, no soft cap, no rescaling. Latency is an assumption
 (--latency), not a published figure. Nothing here ran on a GPU.
 
-Needs code objects (ROCMFORGE_HIP_ARCHS=all), llvm-objdump and llvm-mca of LLVM 19 or newer; prints
-the floors alone without them. LLVM 19 does not know gfx950.
+A write of new tokens into the cache aims at 0.8 of the bandwidth of a copy, which reads and writes
+the same bytes. Its loop goes around once or twice a vector, so that what comes before it counts:
+the third table takes the cheapest way through the whole kernel, its `issue` in cycles of all of it
+over those that memory needs for what a wave reads and writes at that 0.8, and its `flight` is what
+all waves of a compute unit read and write, over bandwidth x latency x the times that a wave waits
+for vector loads, one after the other. (8-bit caches are left out: the cheapest way through their
+kernels is one that no wave can take.)
+
+Needs code objects (ROCMFORGE_HIP_ARCHS=all), llvm-objdump and llvm-mca of LLVM 19 or newer (22 for
+gfx950); prints the floors alone without them.
 
 Sources, as found by search in 2026-11, mostly in pages that quote AMD's own: compute units, highest
 clock and bandwidth of AMD's product pages and data sheets (Instinct MI250X, of which one die is
@@ -144,21 +152,21 @@ class Instruction:
 
     @property
     def kind(self) -> str:
-        """Loads, waits, LDS, matrix, vector, scalar."""
+        """Loads, stores, waits, LDS, matrix, vector, scalar."""
         for pattern, kind in KINDS:
             if re.match(pattern, self.name):
                 return kind
         return "scalar"
 
-    @property
-    def loaded(self) -> int:
-        """Bytes a lane that a load of keys or values reads; narrower loads read other things."""
-        found = re.match(r"global_load_(dwordx4|b128|dwordx2|b64)\b", self.name)
+    def moved(self, way: str) -> int:
+        """Bytes of keys or values that a lane loads or stores; narrower ones are other things."""
+        found = re.match(rf"global_{way}_(dwordx4|b128|dwordx2|b64)\b", self.name)
         return 0 if found is None else 16 if found[1] in ("dwordx4", "b128") else 8
 
 
 KINDS = [
     (r"(global|flat|buffer)_load", "loads"),
+    (r"(global|flat|buffer)_store", "stores"),
     (r"s_wait|s_delay_alu|s_nop|s_clause", "waits"),
     (r"ds_", "LDS"),
     (r"v_(smfmac|mfma|wmma|swmmac)", "matrix"),
@@ -187,38 +195,63 @@ def disassemble(tool: str, path: Path, kernel: str) -> dict[int, Instruction]:
     return found
 
 
-def inner_loop(code: dict[int, Instruction], nbytes: int) -> list[Instruction]:
-    """The cheapest way around a loop that loads so many bytes a lane.
+def cheapest_way(
+    code: dict[int, Instruction], begin: int, end: int, way: str, nbytes: int
+) -> list[Instruction]:
+    """Instructions of the cheapest way from one address to another that moves so many bytes a lane.
 
     Branches depend on each other, so the cheapest way of all may be none that a wave can take.
     """
     following = dict(itertools.pairwise(sorted(code)))
+    start = (begin, code[begin].moved(way))
+    best, before, queue = {start: 0}, {}, [(0, start)]
+    while queue:
+        cost, state = heapq.heappop(queue)
+        if state == (end, nbytes):
+            path = [state]
+            while path[-1] != start:
+                path.append(before[path[-1]])
+            return [code[at] for at, _ in reversed(path)]
+        at, moved = state
+        here, steps = code[at], []
+        if here.target is not None and begin <= here.target <= end:
+            steps.append(here.target)
+        if not here.name.startswith(("s_branch", "s_endpgm", "s_setpc")) and at in following:
+            steps.append(following[at])
+        for step in steps:
+            to = (step, moved + code[step].moved(way))
+            if step <= end and to[1] <= nbytes and cost + 1 < best.get(to, sys.maxsize):
+                best[to], before[to] = cost + 1, state
+                heapq.heappush(queue, (cost + 1, to))
+    return []
 
-    def around(begin: int, end: int) -> list[Instruction]:
-        start = (begin, code[begin].loaded)
-        best, before, queue = {start: 0}, {}, [(0, start)]
-        while queue:
-            cost, state = heapq.heappop(queue)
-            if state == (end, nbytes):
-                path = [state]
-                while path[-1] != start:
-                    path.append(before[path[-1]])
-                return [code[at] for at, _ in reversed(path)]
-            at, loaded = state
-            here, steps = code[at], []
-            if here.target is not None and begin <= here.target <= end:
-                steps.append(here.target)
-            if not here.name.startswith(("s_branch", "s_endpgm", "s_setpc")) and at in following:
-                steps.append(following[at])
-            for step in steps:
-                to = (step, loaded + code[step].loaded)
-                if step <= end and to[1] <= nbytes and cost + 1 < best.get(to, sys.maxsize):
-                    best[to], before[to] = cost + 1, state
-                    heapq.heappush(queue, (cost + 1, to))
-        return []
 
-    loops = [around(i.target, at) for at, i in code.items() if i.target and i.target <= at]
-    return min(filter(None, loops), key=len, default=[])
+def inner_loop(code: dict[int, Instruction], nbytes: int) -> list[Instruction]:
+    """The cheapest way around a loop that loads so many bytes a lane."""
+    ways = (
+        cheapest_way(code, i.target, at, "load", nbytes)
+        for at, i in code.items()
+        if i.target and i.target <= at
+    )
+    return min(filter(None, ways), key=len, default=[])
+
+
+def whole_kernel(code: dict[int, Instruction], nbytes: int) -> list[Instruction]:
+    """The cheapest way from a kernel's begin to an end that stores so many bytes a lane."""
+    ends = [at for at, i in code.items() if i.name == "s_endpgm"]
+    ways = (cheapest_way(code, min(code), end, "store", nbytes) for end in ends)
+    return min(filter(None, ways), key=len, default=[])
+
+
+def waits_for_loads(way: list[Instruction]) -> int:
+    """How often a wave waits for vector loads that it has not waited for before."""
+    times, pending = 0, False
+    for i in way:
+        if i.name.startswith("global_load"):
+            pending = True
+        elif pending and re.match(r"s_wait_loadcnt|s_waitcnt (.* )?vmcnt", i.text):
+            times, pending = times + 1, False
+    return times
 
 
 def issue_cycles(tool: str, arch: str, loop: list[Instruction]) -> tuple[float, float]:
@@ -308,7 +341,7 @@ def loops(
             try:
                 code = disassemble(tools[0], folder / f"{family}.{arch}.hsaco", name)
             except subprocess.CalledProcessError:
-                print(f"{arch}: {tools[0]} does not know it (gfx950 needs LLVM 20)")
+                print(f"{arch}: {tools[0]} does not know it")
                 continue
             loop = inner_loop(code, nbytes * twice // kernel.wave_size)
             if not loop:
@@ -357,8 +390,59 @@ def loops(
     )
 
 
+WRITE_TOKENS, WRITE_HEADS, WRITE_DIM = 8192, 8, 128
+WRITE_LANES = 8  # RF_WRITE_LANES: lanes of a vector
+
+
+def writes(folder: Path, tools: tuple[str, str], latency: float, found: list[Kernel]) -> None:
+    """Print what writing new keys and values into the cache takes."""
+    by_name = {(k.arch, k.name): k for k in found}
+    rows, kinds = [], ("loads", "stores", "waits", "vector", "scalar")
+    name, vector = "write_kv_bf16", WRITE_DIM * 2  # bytes
+    for arch, chip in CHIPS.items():
+        kernel = by_name.get((arch, name))
+        if kernel is None:
+            continue
+        try:
+            code = disassemble(tools[0], folder / f"write.{arch}.hsaco", name)
+            way = whole_kernel(code, vector // WRITE_LANES)
+            issue, _ = issue_cycles(tools[1], arch, way)
+        except (subprocess.CalledProcessError, RuntimeError) as error:
+            print(f"{arch} {name}: {error}")
+            continue
+        count = Counter(i.kind for i in way)
+        its_bytes = 2 * kernel.wave_size // WRITE_LANES * vector
+        memory = its_bytes / (chip.bandwidth / chip.units / chip.simds / chip.clock) / 0.8
+        waits, waves = waits_for_loads(way), kernel.waves * chip.simds
+        flight = its_bytes * waves / (0.8 * chip.bandwidth / chip.units * latency * waits)
+        missed = ["issue"] * (issue >= memory) + ["flight"] * (flight < 1)
+        rows.append(
+            (
+                f"{arch} {chip.name}",
+                f"{2 * 2 * WRITE_TOKENS * WRITE_HEADS * vector / chip.bandwidth / 1e3 / 0.8:.0f}",
+                f"{its_bytes}",
+                *(f"{count[kind]}" for kind in kinds),
+                f"{issue:.0f}",
+                f"{memory:.0f}",
+                f"{issue / memory:.2f}",
+                f"{waits}",
+                f"{waves}",
+                f"{flight:.1f}",
+                " and ".join(missed),
+            )
+        )
+    print(f"write of {WRITE_TOKENS:,} tokens, {WRITE_HEADS} heads x {WRITE_DIM} bf16")
+    print_table(
+        [
+            *("chip", "copy / 0.8 us", "bytes", *kinds),
+            *("issue", "memory", "issue/memory", "latencies", "waves", "flight", "misses"),
+        ],
+        rows,
+    )
+
+
 def main() -> None:
-    """Print both tables."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the first shape alone")
     parser.add_argument("--objects", type=Path, help="a folder of code objects")
@@ -378,7 +462,10 @@ def main() -> None:
         print("\nno inner loops: they need code objects, llvm-objdump and llvm-mca")
         return
     print()
-    loops(shapes, folder, (str(tools[0]), str(tools[1])), options.latency, found)
+    names = str(tools[0]), str(tools[1])
+    loops(shapes, folder, names, options.latency, found)
+    print()
+    writes(folder, names, options.latency, found)
 
 
 if __name__ == "__main__":
