@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 from collections import Counter
 from importlib.resources import files
@@ -94,6 +95,15 @@ def test_arguments_are_packed_as_the_host_packs_them(found: list[Kernel]) -> Non
         assert kernel.arguments == ARGUMENTS.get(kernel.family, kernel.arguments)
         assert kernel.arguments <= 4096
     assert Counter(k.arguments for k in found if k.family == "copy").keys() == {2336, 3104}
+
+
+def test_no_short_conversion_of_registers_that_it_cannot_name(found: list[Kernel]) -> None:
+    """gfx12: v_cvt_pk_f32_fp8_e32 of v128 and above, as clang 19 makes it."""
+    for arch in {kernel.arch for kernel in found if kernel.arch.startswith("gfx12")}:
+        data = (FOLDER / f"attention.{arch}.hsaco").read_bytes()
+        words = (word for (word,) in struct.iter_unpack("<I", data[: len(data) // 4 * 4]))
+        # VOP1, its destination (8 bits), number 110, a source (9 bits) of 256 + 128 or more.
+        assert not [hex(word) for word in words if word & 0xFE01FF80 == 0x7E00DD80], arch
 
 
 def test_kernels_do_not_look_where_they_run() -> None:
