@@ -27,7 +27,7 @@ ATTENTION = {
 } | {"paged_attention_reduce_r4", "paged_attention_reduce_r2"}
 MATRIX = {
     f"paged_attention_matrix_{storage}_d{size}"
-    for storage in ("f16", "bf16")
+    for storage in ("f16", "bf16", "e4m3fn", "e4m3fnuz", "i8")
     for size in (64, 128, 256)
 } | {"paged_attention_matrix_reduce"}
 WITH_MATRIX = re.compile("gfx(90a|94|95|11|12)")

@@ -26,7 +26,7 @@ from rocmforge.ops._arguments cimport (
 from rocmforge.ops._arrays cimport (
     MAX_COUNT, apart, as_bound, as_flag, as_int32s, as_vectors, bad_shape, is_nhd, same_dtype,
     shape3, shape_text, writable)
-from rocmforge.ops._params cimport rf_copy_params
+from rocmforge.ops._params cimport rf_attention_params, rf_copy_params
 
 import ml_dtypes
 import numpy as np
@@ -56,14 +56,16 @@ cdef extern from *:
         return 0;
     }
     /* Whether RF_MATRIX_INSTANCES has it. */
-    static int has_matrix(int dtype, int dim) {
-    #define RF_MATCHES(name, code, size) if (dtype == code && dim == size) return 1;
+    static int has_matrix(const rf_attention_params *p) {
+        const int wide = p->kv_dtype < RF_E4M3FN ? p->kv_dtype == p->dtype : p->dtype != RF_F32;
+        if (!wide || p->v_head_dim != p->head_dim) return 0;
+    #define RF_MATCHES(name, code, size) if (p->kv_dtype == code && p->head_dim == size) return 1;
         RF_MATRIX_INSTANCES(RF_MATCHES)
     #undef RF_MATCHES
         return 0;
     }
     """
-    int has_matrix(int dtype, int dim)
+    int has_matrix(const rf_attention_params *p)
     const char *storage_name(int dtype)
     int size_for(int dim, int *chunks)
 
@@ -81,8 +83,7 @@ cdef dict _names = {}
 cdef bint _takes_matrix(rf_attention_launch *a, Device device) except -1:
     """Whether the kernels with matrix instructions serve the call: RF_MATRIX_INSTANCES, and strides
     between tokens that 16 of them keep below 2 GiB."""
-    return (has_matrix(a.p.kv_dtype, a.p.head_dim) and a.p.dtype == a.p.kv_dtype
-            and a.p.v_head_dim == a.p.head_dim and 0 <= a.p.k.token_stride < 1 << 25
+    return (has_matrix(&a.p) and 0 <= a.p.k.token_stride < 1 << 25
             and 0 <= a.p.v.token_stride < 1 << 25 and device.has("matrix"))
 
 

@@ -15,6 +15,7 @@
  *   uniform(x)                              x, which is the same in all lanes
  *   uniform_load<T>(p)                      *p, which nobody writes meanwhile; p likewise
  *   halves<high>(a, b)                      the low or the high 16 bits of a, then those of b
+ *   add_halves(a, b)                        two float16 each
  *   opaque(x)                               x, of which the compiler does not know that it is
  *   keep_order()                            the compiler moves no instruction across
  *   MATRIX, multiply<dtype>(a, b, c)        the chip's matrix unit (matrix.h); c += a * b
@@ -209,6 +210,10 @@ RF_DEVICE int opaque(int x) {
 RF_DEVICE void keep_order() { __builtin_amdgcn_sched_barrier(0); }
 template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
     return __builtin_amdgcn_perm(b, a, HIGH ? 0x07060302 : 0x05040100);
+}
+RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
+    typedef _Float16 Two __attribute__((ext_vector_type(2)));
+    return __builtin_bit_cast(unsigned, __builtin_bit_cast(Two, a) + __builtin_bit_cast(Two, b));
 }
 
 #if defined(__gfx950__)

@@ -43,31 +43,38 @@
 namespace rf {
 
 template <int DTYPE, int DIM> struct MatrixAttention {
-    static constexpr int UNITS = DIM / DEPTH; /* operands of a vector */
+    static constexpr int SIZE = SIZE_OF<DTYPE>;
+    static constexpr bool EIGHT = SIZE == 1;
+    static constexpr int OPERANDS = EIGHT ? RF_F16 : DTYPE; /* their type */
+    static constexpr int UNITS = DIM / DEPTH;               /* operands of a vector */
     /* Elements of a value's piece: a vector has PIECES of 16 lanes. gfx11 gives operands twice, and
      * has no registers for eight elements of that beside the sums of 256. */
-    static constexpr int WIDTH = DIM == 64 || (DIM == 256 && WHOLE) ? 4 : 8;
+    static constexpr int WIDTH = DIM == 64 || (DIM == 256 && WHOLE && !EIGHT) ? 4
+                                 : DIM == 256 && EIGHT && !WHOLE              ? 16
+                                                                              : 8;
     static constexpr int PIECES = DIM / 16 / WIDTH;
     static constexpr int TILES = DIM / 16; /* tiles of sums */
     static constexpr int STEP = DEPTH;     /* tokens */
     static constexpr float LAG = 8;
     /* Keys and values of the next step are read during this one where registers allow: words of
      * the sums, of keys and of values. */
-    static constexpr bool AHEAD = TILES * PER + DIM * (SUBTILES + 1) * SLOTS / DEPTH / 2 <= 128;
+    static constexpr bool AHEAD =
+        PIECES == 1 && TILES * PER + DIM * (SUBTILES + 1) * SLOTS / DEPTH * SIZE / 4 <= 128;
 
-    struct Shared {
-        union {
-            Bytes16 query[RF_MATRIX_ROWS / 16][DIM * 2 / GROUPS / 16][WAVE];
-            float state[TILES * PER + 2][WAVE];
-        };
+    static constexpr int CHUNKS = DIM / (8 * GROUPS); /* of 8 elements, that a lane has of a row */
+
+    union Shared {
+        float unscale[RF_MATRIX_ROWS];
+        Bytes16 query[RF_MATRIX_ROWS / 16][CHUNKS][WAVE];
+        float state[TILES * PER + 2][WAVE];
     };
 
     /* Of a step: one of PIECES parts. */
     struct Keys {
-        Operand a[SUBTILES][UNITS / PIECES];
+        unsigned w[SUBTILES][UNITS / PIECES][SLOTS * SIZE / 4];
     };
     struct Values {
-        unsigned w[SLOTS][WIDTH / 2];
+        unsigned w[SLOTS][WIDTH * SIZE / 4];
     };
     /* A step. Steady: every row sees all of its tokens, and each of its 16 lie in one block, whose
      * vectors begin at k, v. Uniform. */
@@ -83,32 +90,34 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     Share share;
     int begin, end, low, high; /* tokens that some row of the wave sees; that all of them see */
     unsigned k_lane, v_lane;   /* bytes from a tile's first vector to what this lane reads */
-    bool capped, biased, masked;
-    float factor;
+    bool capped, biased, masked, k_scaled, v_scaled;
+    float factor, unscale; /* of logits: for all rows, and what undoes that of this lane's query */
 
     RF_DEVICE_MEMBER MatrixAttention(const rf_attention_launch &launch, Shared &shared)
         : a(launch), lds(shared) {}
 
     /* ---------------------------------------------------------------- what is read */
 
-    RF_DEVICE_MEMBER static void read_key(const char *p, int piece, Operand *to) {
+    RF_DEVICE_MEMBER static void read_key(const char *p, int piece,
+                                          unsigned (*to)[SLOTS * SIZE / 4]) {
         RF_UNROLL
-        for (int u = 0; u < UNITS / PIECES; u++) RF_UNROLL
-        for (int i = 0; i < SLOTS / 8; i++) {
-            Bytes16 b = load<Bytes16>(p + 32 * WIDTH * piece + 2 * DEPTH * u + 16 * i);
+        for (int i = 0; i < UNITS / PIECES * SLOTS * SIZE / 16; i++) {
+            Bytes16 b = load<Bytes16>(p + 16 * SIZE * WIDTH * piece + 16 * DEPTH / SLOTS * i);
             RF_UNROLL
-            for (int j = 0; j < 4; j++) to[u].w[4 * i + j] = b.w[j];
+            for (int j = 0; j < 4; j++)
+                to[(4 * i + j) / (SLOTS * SIZE / 4)][(4 * i + j) % (SLOTS * SIZE / 4)] = b.w[j];
         }
     }
     RF_DEVICE_MEMBER static void read_value(const char *p, int piece, unsigned *to) {
-        if constexpr (WIDTH == 8) {
-            Bytes16 b = load<Bytes16>(p + 32 * WIDTH * piece);
+        p += 16 * SIZE * WIDTH * piece;
+        if constexpr (WIDTH * SIZE == 16) {
+            Bytes16 b = load<Bytes16>(p);
             RF_UNROLL
             for (int j = 0; j < 4; j++) to[j] = b.w[j];
-        } else {
-            Bytes8 b = load<Bytes8>(p + 32 * WIDTH * piece);
+        } else if constexpr (WIDTH * SIZE == 8) {
+            Bytes8 b = load<Bytes8>(p);
             to[0] = b.w[0], to[1] = b.w[1];
-        }
+        } else to[0] = load<unsigned>(p);
     }
 
     /* A block of the sequence's, or -1. No branch: whether there is one or not, something is read.
@@ -126,7 +135,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         return static_cast<const char *>(pool.data) +
                (larger(block, 0) * pool.block_stride + group_y() * pool.head_stride +
                 offset * pool.token_stride) *
-                   2;
+                   SIZE;
     }
 
     /* The blocks of a step's tiles, if it may be steady; the step, once they are known. */
@@ -156,20 +165,20 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     RF_DEVICE_MEMBER void read_keys(const Step &step, int piece, Keys &keys) const {
         if (step.steady) {
             RF_UNROLL
-            for (int s = 0; s < SUBTILES; s++) read_key(step.k[s] + k_lane, piece, keys.a[s]);
+            for (int s = 0; s < SUBTILES; s++) read_key(step.k[s] + k_lane, piece, keys.w[s]);
         } else {
             RF_UNROLL
             for (int s = 0; s < SUBTILES; s++) {
                 int token = step.first + 16 * s + row();
                 read_key(vector_at(a.p.k, block_of(token), token) + 2 * first_slot(), piece,
-                         keys.a[s]);
+                         keys.w[s]);
             }
         }
     }
     /* Those of tokens that are hidden from all rows are zeros: 0 times NaN would be NaN. */
     RF_DEVICE_MEMBER void read_values(const Step &step, int piece, Values &values) const {
         if (step.steady) {
-            int64_t stride = fresh(a).p.v.token_stride * 2;
+            int64_t stride = fresh(a).p.v.token_stride * SIZE;
             RF_UNROLL
             for (int i = 0; i < SLOTS; i++)
                 read_value(step.v[slot_row(i) / 16] + slot_row(i) % 16 * stride + v_lane, piece,
@@ -178,9 +187,35 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             RF_UNROLL
             for (int i = 0; i < SLOTS; i++) {
                 int token = step.first + slot_row(i) + slot_group(), block = block_of(token);
-                read_value(vector_at(a.p.v, block, token) + 2 * WIDTH * row(), piece, values.w[i]);
+                read_value(vector_at(a.p.v, block, token) + SIZE * WIDTH * row(), piece,
+                           values.w[i]);
                 RF_UNROLL
-                for (int j = 0; j < WIDTH / 2; j++) values.w[i][j] = block < 0 ? 0 : values.w[i][j];
+                for (int j = 0; j < WIDTH * SIZE / 4; j++)
+                    values.w[i][j] = block < 0 ? 0 : values.w[i][j];
+            }
+        }
+    }
+
+    /* ---------------------------------------------------------------- scales of 8-bit caches */
+
+    /* Whether each token has a scale of its own; else the head has one. */
+    RF_DEVICE_MEMBER static bool of_tokens(const rf_scales &s) {
+        return EIGHT && s.data && (s.block_stride | s.token_stride) != 0;
+    }
+    RF_DEVICE_MEMBER static float of_head(const rf_scales &s) {
+        return of_tokens(s) ? 1.0f : scale_at(s, 0, group_y(), 0);
+    }
+    /* Of the tokens of this lane's sums. Where there is no block, that of some other token. */
+    RF_DEVICE_MEMBER void read_scales(const rf_scales &s, const Step &step, Sums *to) const {
+        RF_UNROLL
+        for (int t = 0; t < SUBTILES; t++) {
+            int block = 0;
+            RF_UNROLL
+            for (int i = 0; i < PER; i++) {
+                int token = step.first + 16 * t + PER * group() + i;
+                if (i == 0 || !step.steady) block = larger(block_of(token), 0);
+                int before = (int)(rf_quotient((uint32_t)token, a.block_size) * a.block_size.value);
+                to[t].x[i] = scale_at(s, block, group_y(), token - before);
             }
         }
     }
@@ -192,7 +227,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         int index; /* of the workgroup's tiles of 16 rows, the wave's */
         Range range;
         int position;
-        float slope, m, l;
+        float factor, slope, m, l;
         Sums sums[TILES];
 
         RF_DEVICE_MEMBER Wave(const MatrixAttention &kernel, int first) : k(kernel), index(first) {}
@@ -205,6 +240,8 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             const rf_attention_params &p = k.a.p;
             m = -INF;
             l = slope = 0;
+            factor = k.factor;
+            if constexpr (EIGHT) factor *= k.unscale;
             range = {0, 0};
             position = 0;
             RF_UNROLL
@@ -234,6 +271,11 @@ template <int DTYPE, int DIM> struct MatrixAttention {
 
         RF_DEVICE_MEMBER void multiply_keys(const Keys &keys, int piece, Sums *logits) const {
             int from = opaque(WHOLE ? column() : lane()); /* or the query is kept in registers */
+            unsigned nan[SUBTILES] = {};
+            RF_UNROLL
+            for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+            for (int u = 0; u < UNITS / PIECES; u++) RF_UNROLL
+            for (int i = 0; i < SLOTS * SIZE / 4; i++) nan[s] |= nan_bytes<DTYPE>(keys.w[s][u][i]);
             RF_UNROLL
             for (int u = 0; u < UNITS / PIECES; u++) {
                 Operand q;
@@ -244,7 +286,11 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                     for (int j = 0; j < 4; j++) q.w[4 * i + j] = b.w[j];
                 }
                 RF_UNROLL
-                for (int s = 0; s < SUBTILES; s++) product<DTYPE>(keys.a[s][u], q, logits[s]);
+                for (int s = 0; s < SUBTILES; s++) {
+                    Operand key = operand_of_words<DTYPE>(keys.w[s][u]);
+                    if (EIGHT && u == 0) key.w[0] = nan[s] ? NAN_F16 : key.w[0];
+                    product<OPERANDS>(key, q, logits[s]);
+                }
                 if (WAVE == 32 && u % 2 == 1) keep_order();
             }
         }
@@ -254,7 +300,14 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             int mine = step.first + PER * group();
             RF_UNROLL
             for (int s = 0; s < SUBTILES; s++) RF_UNROLL
-            for (int i = 0; i < PER; i++) x[s].x[i] *= k.factor;
+            for (int i = 0; i < PER; i++) x[s].x[i] *= factor;
+            if (EIGHT && k.k_scaled) {
+                Sums scale[SUBTILES];
+                k.read_scales(fresh(k.a).p.k_scale, step, scale);
+                RF_UNROLL
+                for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+                for (int i = 0; i < PER; i++) x[s].x[i] *= scale[s].x[i];
+            }
             if (k.capped) {
                 float cap = fresh(k.a).p.softcap * LOG2E;
                 RF_UNROLL
@@ -275,6 +328,18 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                     if (k.block_of(token) < 0 || !sees(token)) x[s].x[i] = -INF;
                 }
             }
+            Sums seen[SUBTILES] = {}; /* logits of the sum, where values have other weights */
+            if (EIGHT && k.v_scaled) {
+                Sums scale[SUBTILES];
+                k.read_scales(fresh(k.a).p.v_scale, step, scale);
+                RF_UNROLL
+                for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+                for (int i = 0; i < PER; i++) {
+                    float moved = x[s].x[i] + larger(-100.0f, log2(scale[s].x[i]));
+                    seen[s].x[i] = x[s].x[i];
+                    x[s].x[i] = x[s].x[i] == -INF ? -INF : moved;
+                }
+            }
             float top = x[0].x[0];
             RF_UNROLL
             for (int s = 0; s < SUBTILES; s++) RF_UNROLL
@@ -293,22 +358,35 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             for (int s = 0; s < SUBTILES; s++) RF_UNROLL
             for (int i = 0; i < PER; i++) {
                 x[s].x[i] = exp2(x[s].x[i] - base);
-                l += x[s].x[i];
+                l += EIGHT && k.v_scaled ? exp2(seen[s].x[i] - base) : x[s].x[i];
             }
         }
 
+        /* Of neighbouring elements: the two in a word of 16-bit ones, or in half a word. */
         RF_DEVICE_MEMBER void add_values(const Values &values, int piece, const Operand &p) {
+            bool nan = false;
+            if constexpr (MAY_BE_NAN<DTYPE>) {
+                unsigned bytes = 0;
+                RF_UNROLL
+                for (int i = 0; i < SLOTS; i++) RF_UNROLL
+                for (int j = 0; j < WIDTH / 4; j++) bytes |= nan_bytes<DTYPE>(values.w[i][j]);
+                nan = any(bytes != 0);
+            }
             RF_UNROLL
-            for (int j = 0; j < WIDTH; j++) {
-                Operand v;
+            for (int j = 0; j < WIDTH; j += 2) {
+                Operand even, odd;
                 RF_UNROLL
                 for (int i = 0; i < SLOTS / 2; i++) {
-                    unsigned x = values.w[2 * i][j / 2];
-                    unsigned y = values.w[2 * i + 1][j / 2];
-                    v.w[i] = j % 2 ? halves<true>(x, y) : halves<false>(x, y);
+                    unsigned x = values.w[2 * i][j * SIZE / 4];
+                    unsigned y = values.w[2 * i + 1][j * SIZE / 4];
+                    Halves h = EIGHT ? widen_bytes<DTYPE>(
+                                           j % 4 ? halves<true>(x, y) : halves<false>(x, y), nan)
+                                     : Halves{halves<false>(x, y), halves<true>(x, y)};
+                    even.w[i] = h.even, odd.w[i] = h.odd;
                 }
-                product<DTYPE>(v, p, sums[piece * WIDTH + j]);
-                if (WAVE == 32 && j % 2 == 1) keep_order(); /* or all of v is made at once */
+                product<OPERANDS>(even, p, sums[piece * WIDTH + j]);
+                product<OPERANDS>(odd, p, sums[piece * WIDTH + j + 1]);
+                if (WAVE == 32) keep_order(); /* or all of the operands are made at once */
             }
         }
 
@@ -337,7 +415,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                     keep_order();
                     k.read_keys(next, 0, keys);
                     weigh(step, x);
-                    p = operand_of<DTYPE>(x);
+                    p = operand_of<OPERANDS>(x);
                     add_values(values, 0, p);
                     keep_order();
                     k.read_values(next, 0, values);
@@ -351,7 +429,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                     }
                     k.read_values(step, 0, values);
                     weigh(step, x);
-                    p = operand_of<DTYPE>(x);
+                    p = operand_of<OPERANDS>(x);
                     add_values(values, 0, p);
                     RF_UNROLL
                     for (int piece = 1; piece < PIECES; piece++) {
@@ -404,21 +482,25 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         RF_DEVICE_MEMBER void finish() {
             float total = sum<WAVE, 16>(l);
             if (!has()) return;
+            float scale = EIGHT ? UNIT<DTYPE> * of_head(fresh(k.a).p.v_scale) : 1.0f;
             RF_UNROLL
             for (int i = 0; i < PER * PIECES * WIDTH / 8; i++) {
                 float out[8];
                 int chunk;
-                if constexpr (WIDTH == 8) {
-                    int piece = i / PER;
-                    chunk = 16 * piece + PER * group() + i % PER;
+                if constexpr (WIDTH >= 8) {
+                    constexpr int chunks = WIDTH / 8;
+                    int piece = i / (PER * chunks), r = i / chunks % PER, c = i % chunks;
+                    chunk = (16 * piece + PER * group() + r) * chunks + c;
                     RF_UNROLL
-                    for (int j = 0; j < 8; j++) out[j] = sums[8 * piece + j].x[i % PER];
+                    for (int j = 0; j < 8; j++) out[j] = sums[WIDTH * piece + 8 * c + j].x[r];
                 } else {
                     int piece = 2 * i / PER, two = 2 * i % PER;
                     chunk = 8 * piece + (PER * group() + two) / 2;
                     RF_UNROLL
                     for (int j = 0; j < 8; j++) out[j] = sums[4 * piece + j % 4].x[two + j / 4];
                 }
+                RF_UNROLL
+                for (int j = 0; j < 8; j++) out[j] = EIGHT ? out[j] * scale : out[j];
                 leave(fresh(k.a), k.tile, k.share.splits, group_z(), row_of(), chunk, out, m,
                       total);
             }
@@ -434,7 +516,8 @@ template <int DTYPE, int DIM> struct MatrixAttention {
 
     /* ---------------------------------------------------------------- a workgroup */
 
-    RF_DEVICE_MEMBER void read_query(int index) {
+    /* A row of the query a lane and its groups; zeros past the tile's rows. */
+    RF_DEVICE_MEMBER void read_query(int index, Bytes16 *chunks) const {
         const rf_attention_params &p = a.p;
         int mine = 16 * index + column();
         const char *at = nullptr;
@@ -445,15 +528,65 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                  ((tile.token0 + token) * p.query.token_stride + head * p.query.head_stride) * 2;
         }
         RF_UNROLL
-        for (int u = 0; u < DIM / (8 * GROUPS); u++) {
-            Bytes16 b = {{0, 0, 0, 0}};
-            if (at) b = load<Bytes16>(at + 16 * (GROUPS * u + group()));
-            lds.query[index][u][lane()] = b;
+        for (int u = 0; u < CHUNKS; u++) {
+            /* 16 bytes of an 8-bit key are two operands. */
+            int chunk = EIGHT && !WHOLE ? 2 * (GROUPS * (u / 2) + group()) + u % 2
+                                        : GROUPS * u + group();
+            chunks[u] = {{0, 0, 0, 0}};
+            if (at) chunks[u] = load<Bytes16>(at + 16 * chunk);
         }
     }
 
-    RF_DEVICE_MEMBER void run(int apart) {
-        int index = wave() % apart, last = smaller(16 * (index + 1), tile.rows) - 1;
+    /* For 8-bit caches, to float16 in the order of widen_bytes. A row of bfloat16 is multiplied by a
+     * power of two that brings its largest element near to float16's, so that only what is 2^29
+     * times smaller than that loses digits. What undoes it is returned. */
+    RF_DEVICE_MEMBER float narrow_query(Bytes16 *chunks) const {
+        float undo = 1;
+        if (a.p.dtype == RF_BF16) {
+            int top = 0; /* exponent of the largest */
+            RF_UNROLL
+            for (int u = 0; u < CHUNKS; u++) RF_UNROLL
+            for (int i = 0; i < 8; i++) {
+                int e = (int)(chunks[u].w[i / 2] >> (i % 2 ? 23 : 7) & 0xff);
+                top = e == 255 ? top : larger(e, top);
+            }
+            int up = smaller(127 + 14 - (int)maximum<WAVE, 16>((float)top), 120);
+            float scale = bits_to_float((unsigned)(127 + up) << 23);
+            undo = bits_to_float((unsigned)(127 - up) << 23);
+            RF_UNROLL
+            for (int u = 0; u < CHUNKS; u++) RF_UNROLL
+            for (int i = 0; i < 4; i++) {
+                unsigned w = chunks[u].w[i];
+                chunks[u].w[i] = float_to_half(bits_to_float(w << 16) * scale) |
+                                 float_to_half(bits_to_float(w & 0xffff0000) * scale) << 16;
+            }
+        }
+        RF_UNROLL
+        for (int u = 0; u < CHUNKS; u++) RF_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+            unsigned x = chunks[u].w[i], y = chunks[u].w[i + 1];
+            chunks[u].w[i] = halves<false>(x, y), chunks[u].w[i + 1] = halves<true>(x, y);
+        }
+        return undo;
+    }
+
+    /* Each wave has one of the tile's four times 16 rows brought to LDS. */
+    RF_DEVICE_MEMBER void share_query(int index) {
+        Bytes16 chunks[CHUNKS];
+        read_query(wave(), chunks);
+        if constexpr (EIGHT) {
+            lds.unscale[16 * wave() + column()] = narrow_query(chunks);
+            barrier();
+            unscale = lds.unscale[16 * index + column()];
+            barrier();
+        }
+        RF_UNROLL
+        for (int u = 0; u < CHUNKS; u++) lds.query[wave()][u][lane()] = chunks[u];
+        barrier();
+    }
+
+    RF_DEVICE_MEMBER void run(int index, int apart) {
+        int last = smaller(16 * (index + 1), tile.rows) - 1;
         begin = end = low = high = 0;
         if (16 * index <= last) {
             int group = (int)a.group.value;
@@ -465,7 +598,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             high = uniform(smaller(end, of_first.high));
             if (masked) high = smaller(high, tile.kv_len - tile.q_len);
         }
-        Wave{*this, index}(wave() % apart, wave() / apart, RF_WAVES / apart);
+        Wave{*this, index}(index, wave() / apart, RF_WAVES / apart);
     }
 
     RF_DEVICE_MEMBER void operator()() {
@@ -478,14 +611,17 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         if (group_z() >= share.splits) return;
         capped = p.softcap > 0;
         factor = capped ? p.scale / p.softcap : p.scale * LOG2E;
+        if constexpr (EIGHT) {
+            k_scaled = of_tokens(p.k_scale), v_scaled = of_tokens(p.v_scale);
+            factor *= UNIT<DTYPE> * of_head(p.k_scale);
+        }
         biased = p.alibi_slopes != nullptr;
         masked = p.mask != nullptr;
-        k_lane = (unsigned)(row() * p.k.token_stride + first_slot()) * 2;
-        v_lane = (unsigned)(slot_group() * p.v.token_stride + row() * WIDTH) * 2;
-        int tiles = (tile.rows + 15) / 16;
-        read_query(wave()); /* zeros past the tile's rows */
-        barrier();
-        run(tiles <= 2 ? tiles : 4);
+        k_lane = (unsigned)(row() * p.k.token_stride * SIZE) + 2 * first_slot();
+        v_lane = (unsigned)(slot_group() * p.v.token_stride + row() * WIDTH) * SIZE;
+        int tiles = (tile.rows + 15) / 16, apart = tiles <= 2 ? tiles : 4;
+        share_query(wave() % apart);
+        run(wave() % apart, apart);
     }
 };
 

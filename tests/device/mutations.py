@@ -140,8 +140,8 @@ MUTATIONS = [
         "halves of a word exchanged",
         "matrix",
         "matrix.hip",
-        "j % 2 ? halves<true>(x, y) : halves<false>(x, y)",
-        "j % 2 ? halves<false>(x, y) : halves<true>(x, y)",
+        "Halves{halves<false>(x, y), halves<true>(x, y)}",
+        "Halves{halves<true>(x, y), halves<false>(x, y)}",
     ),
     (
         "gfx11's other half not exchanged",
@@ -177,6 +177,27 @@ MUTATIONS = [
         "matrix.hip",
         "sums[t].x[i] *= scale;",
         "sums[t].x[i] *= 1.0f;",
+    ),
+    (
+        "query in the order of memory, keys of 8 bits in that of bytes",
+        "matrix",
+        "matrix.hip",
+        "chunks[u].w[i] = halves<false>(x, y), chunks[u].w[i + 1] = halves<true>(x, y);",
+        "(void)x, (void)y;",
+    ),
+    (
+        "NaN of float8 taken for a number",
+        "matrix",
+        "matrix.hip",
+        "nan = any(bytes != 0);",
+        "(void)bytes;",
+    ),
+    (
+        "sum of probabilities weighed by the values' scales",
+        "matrix",
+        "matrix.hip",
+        "EIGHT && k.v_scaled ? exp2(seen[s].x[i] - base) : x[s].x[i]",
+        "x[s].x[i]",
     ),
     (
         "padding slot not skipped",

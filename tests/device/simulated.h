@@ -84,6 +84,11 @@ template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
     return HIGH ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
 }
 
+RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
+    unsigned low = float_to_half(half_to_float(a & 0xffff) + half_to_float(b & 0xffff));
+    return low | float_to_half(half_to_float(a >> 16) + half_to_float(b >> 16)) << 16;
+}
+
 /* Matrix instructions by their documented layouts ("AMD Instinct MI300" and "RDNA3", "RDNA4"
  * Instruction Set Architecture, matrix chapters; AMD's matrix instruction calculator): which lane
  * has element k of row i of A, or of column i of B, at which place; and sum (row, column). */

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from device_cases import FEATURES, attend, check, on, up
-from ops_cases import BFLOAT16, FLOAT16, FLOAT32, bits, make, tree_mask
+from ops_cases import BFLOAT16, EIGHT_BIT, FLOAT8, FLOAT16, FLOAT32, INT8, bits, make, tree_mask
 from rocmforge.ops import paged_attention
 
 
@@ -45,11 +45,70 @@ def test_verification_and_prefill(device, dtype, heads):
     check(problem, device, causal=False)
 
 
+@pytest.mark.parametrize("kv_dtype", EIGHT_BIT, ids=str)
+@pytest.mark.parametrize("scales", ["tensor", "head", "token"])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "heads", "block_size", "layout"),
+    [
+        (FLOAT16, 64, (4, 1), 16, "HND"),
+        (BFLOAT16, 128, (8, 2), 32, "NHD"),
+        (FLOAT16, 256, (3, 3), 7, "HND"),
+        (BFLOAT16, 256, (4, 2), 16, "NHD"),
+    ],
+)
+def test_eight_bit_caches(device, kv_dtype, scales, dtype, head_dim, heads, block_size, layout):
+    kinds = {"heads": heads, "head_dim": head_dim, "block_size": block_size, "layout": layout}
+    kinds |= {"kv_dtype": kv_dtype, "scales": scales}
+    check(make(dtype, [1, 16, 70, 0, 200, 33], **kinds), device)
+    check(make(dtype, [150, 64, 7, 600], [4, 40, 1, 1], **kinds), device)
+
+
+def test_scales_of_tokens_far_apart(device):
+    """Float16 holds neither the largest times the largest probability nor the smallest."""
+    problem = make(
+        BFLOAT16, [300, 40], [2, 1], heads=(4, 1), head_dim=64, kv_dtype=FLOAT8, scales="token"
+    )
+    for exponents in ((-60, -30), (10, 40), (-20, 20)):
+        spread = np.random.default_rng(0).integers(*exponents, problem.v_scale.shape)
+        check(problem.but(v_scale=np.ldexp(problem.v_scale, spread).astype(np.float32)), device)
+    nothing = problem.v_scale.copy()
+    nothing[problem.block_table[0, :10]] = 0
+    check(problem.but(v_scale=nothing), device)
+
+
+@pytest.mark.parametrize("power", [-100, -20, 20, 100])
+def test_queries_beyond_float16(device, power):
+    problem = make(BFLOAT16, [70, 33], [3, 1], heads=(4, 1), head_dim=64, kv_dtype=INT8)
+    query = np.ldexp(problem.query.astype(np.float32), power).astype(BFLOAT16)
+    check(problem.but(query=query), device, scale=2.0**-power / 8)
+
+
+@pytest.mark.parametrize("kv_dtype", EIGHT_BIT[:2], ids=str)
+def test_nan_of_float8(device, kv_dtype):
+    """In a key it is the logit's, in a value that of its own element."""
+    code = 0x7F if kv_dtype == FLOAT8 else 0x80
+    for head_dim in (64, 128, 256):
+        problem = make(FLOAT16, [50, 50, 50], heads=(4, 1), head_dim=head_dim, kv_dtype=kv_dtype)
+        for sequence, name, element in ((0, "k_cache", 5), (1, "v_cache", head_dim - 2)):
+            block = problem.block_table[sequence, 20 // 16]
+            getattr(problem, name).view(np.uint8)[block, 0, 20 % 16, element] = code
+        got = attend(problem, device)
+        assert np.isnan(got[0]).all()
+        assert np.isnan(got[1, :, head_dim - 2]).all()
+        assert np.isnan(got[1]).sum() == 4
+        assert not np.isnan(got[2]).any()
+
+
 @pytest.mark.parametrize("queries", [None, [1, 40, 7, 1]], ids=["decode", "ragged"])
 @pytest.mark.parametrize("feature", FEATURES)
 def test_features(device, feature, queries):
     problem = make(FLOAT16, [130, 64, 80, 1], queries, heads=(4, 2), head_dim=64)
     check(problem, device, **FEATURES[feature])
+    eight = make(
+        BFLOAT16, [130, 64, 80, 1], queries, heads=(4, 2), head_dim=64, kv_dtype=FLOAT8,
+        scales="token",
+    )  # fmt: skip
+    check(eight, device, **FEATURES[feature])
 
 
 def test_masks_and_holes(device):
@@ -108,16 +167,20 @@ def test_strides(device):
 
 def test_who_takes_a_call(device):
     """A NaN that the first of two rows does not see reaches it by matrix instructions alone."""
-    for dtype, head_dim, unit in (
-        (FLOAT16, 64, True),
-        (BFLOAT16, 128, True),
-        (BFLOAT16, 256, True),
-        (BFLOAT16, 512, False),
-        (FLOAT16, 72, False),
-        (FLOAT32, 64, False),
+    for dtype, kv_dtype, head_dim, unit in (
+        (FLOAT16, None, 64, True),
+        (BFLOAT16, None, 128, True),
+        (BFLOAT16, None, 256, True),
+        (BFLOAT16, None, 512, False),
+        (FLOAT16, None, 72, False),
+        (FLOAT32, None, 64, False),
+        (FLOAT16, FLOAT8, 64, True),
+        (BFLOAT16, FLOAT8, 256, True),
+        (BFLOAT16, FLOAT8, 512, False),
+        (FLOAT32, FLOAT8, 64, False),
     ):
-        problem = make(dtype, [50], [2], heads=(1, 1), head_dim=head_dim)
+        problem = make(dtype, [50], [2], heads=(1, 1), head_dim=head_dim, kv_dtype=kv_dtype)
         problem.v_cache[problem.block_table[0, 49 // 16], :, 49 % 16] = np.nan
         first = attend(problem, device)[0]
         unit &= not device.architecture.startswith("gfx1030")
-        assert np.isnan(first).all() == unit, (dtype, head_dim)
+        assert np.isnan(first).all() == unit, (dtype, kv_dtype, head_dim)

@@ -134,15 +134,25 @@ static_assert(sizeof(rf_table_launch) == 3104, "rf_table_launch is shared with d
     X(512, 32, 2)                                                                                  \
     X(576, 32, 3)
 #define RF_HIP_MAX_HEAD_DIM 576
-/* Kernels with matrix instructions, on chips that have them: X(suffix, enum rf_dtype of query and
- * cache, head_dim and v_head_dim). All else is for the kernels above. */
+/* Kernels with matrix instructions, on chips that have them: X(suffix, enum rf_dtype of the cache,
+ * head_dim and v_head_dim). The query has the cache's type, or a 16-bit one over an 8-bit cache. All
+ * else is for the kernels above. */
 #define RF_MATRIX_INSTANCES(X)                                                                     \
     X(f16, RF_F16, 64)                                                                             \
     X(f16, RF_F16, 128)                                                                            \
     X(f16, RF_F16, 256)                                                                            \
     X(bf16, RF_BF16, 64)                                                                           \
     X(bf16, RF_BF16, 128)                                                                          \
-    X(bf16, RF_BF16, 256)
+    X(bf16, RF_BF16, 256)                                                                          \
+    X(e4m3fn, RF_E4M3FN, 64)                                                                       \
+    X(e4m3fn, RF_E4M3FN, 128)                                                                      \
+    X(e4m3fn, RF_E4M3FN, 256)                                                                      \
+    X(e4m3fnuz, RF_E4M3FNUZ, 64)                                                                   \
+    X(e4m3fnuz, RF_E4M3FNUZ, 128)                                                                  \
+    X(e4m3fnuz, RF_E4M3FNUZ, 256)                                                                  \
+    X(i8, RF_I8, 64)                                                                               \
+    X(i8, RF_I8, 128)                                                                              \
+    X(i8, RF_I8, 256)
 /* Rows of a wave in an instance with that many chunks a lane: registers are what bounds them. */
 #define RF_ROWS_OF(chunks) ((chunks) == 1 ? RF_WAVE_ROWS : RF_WAVE_ROWS / 2)
 
