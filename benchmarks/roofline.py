@@ -278,7 +278,7 @@ def issue_cycles(tool: str, arch: str, loop: list[Instruction]) -> tuple[float, 
 
 def kernel_name(shape: Shape, arch: str) -> tuple[str, str]:
     """Family and name of the kernel that serves the shape."""
-    matrix = arch != "gfx1030" and shape.size == 2 and shape.head_dim in (64, 128, 256)
+    matrix = arch != "gfx1030" and shape.head_dim in (64, 128, 256)
     prefix = "paged_attention_matrix" if matrix else "paged_attention"
     return "matrix" if matrix else "attention", f"{prefix}_{shape.element}_d{shape.head_dim}"
 

@@ -37,7 +37,7 @@ FAMILIES = {
     "merge": {"merge_states"},
     "copy": {"copy_blocks", "table_delta"},
 }
-ARGUMENTS = {"attention": 424, "matrix": 424, "write": 272, "merge": 136}
+ARGUMENTS = {"attention": 432, "matrix": 432, "write": 272, "merge": 136}
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ cdef extern from "rf/hip.h" nogil:
         float *partial_state
         rf_divisor block_size
         rf_divisor group
+        rf_divisor heads
         int32_t split_rows
         int32_t max_splits
         int32_t part_tokens
         int32_t one_tile
         int32_t mask_width
-        int32_t reserved
     ctypedef struct rf_write_launch:
         rf_write_params p
         rf_divisor block_size

@@ -282,9 +282,10 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
         max(a.p.head_dim, a.p.v_head_dim), a.p.kv_dtype, _takes_matrix(&a, device))
     a.block_size = rf_divisor_of(<uint32_t>a.p.block_size)
     a.group = rf_divisor_of(<uint32_t>(a.p.num_heads // a.p.num_kv_heads))
+    a.heads = rf_divisor_of(<uint32_t>a.p.num_kv_heads)
     _plan(&a, &plan, tile_rows, max_q, max_len, num_splits,
           as_flag(deterministic, "deterministic"), device.compute_units)
-    _grid("paged_attention", plan.tiles, a.p.num_kv_heads, a.max_splits, device)
+    _grid("paged_attention", plan.tiles * a.p.num_kv_heads, 1, a.max_splits, device)
 
     if workspace is not None:
         space = on_device(workspace, "workspace", device, number)
@@ -327,7 +328,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
         if with_lse:
             fill_words(device, a.p.lse, _MINUS_INFINITY, a.p.num_tokens * a.p.num_heads, handle)
     if a.p.num_tokens and a.p.num_seqs:
-        launch(device, kernel, plan.tiles, a.p.num_kv_heads, a.max_splits, handle, &a, sizeof(a))
+        launch(device, kernel, plan.tiles * a.p.num_kv_heads, 1, a.max_splits, handle, &a, sizeof(a))
         if plan.states:
             launch(device, reduction, a.p.num_seqs, a.p.num_kv_heads,
                    (a.split_rows + RF_WAVES - 1) // RF_WAVES, handle, &a, sizeof(a))

@@ -9,7 +9,7 @@ namespace rf {
 
 /* Where a workgroup's tile is. Uniform. */
 struct Tile {
-    int seq, row0, rows;         /* rows of the sequence, from row0 */
+    int seq, kv_head, row0, rows; /* rows of the sequence, from row0 */
     int64_t token0;              /* the sequence's first query token */
     int q_len, kv_len, num_rows; /* num_rows: of the whole sequence */
     const int32_t *blocks;
@@ -73,9 +73,12 @@ template <int TILE> RF_DEVICE int64_t first_tile(const rf_attention_params &p, i
     return token * group / TILE + seq;
 }
 
-template <int TILE> RF_DEVICE bool find_tile(const rf_attention_launch &a, int index, Tile &tile) {
+/* False: the sequence has fewer. */
+template <int TILE> RF_DEVICE bool find_tile(const rf_attention_launch &a, Tile &tile) {
     const rf_attention_params &p = a.p;
+    int index = (int)rf_quotient((uint32_t)group_x(), a.heads);
     int group = (int)a.group.value, low = 0, first = 0;
+    tile.kv_head = group_x() - index * p.num_kv_heads;
     if (!a.one_tile) {
         int high = p.num_seqs;
         while (high - low > 1) {
@@ -133,14 +136,14 @@ RF_DEVICE void finish(const rf_attention_params &p, int64_t token, int head, int
 RF_DEVICE void leave(const rf_attention_launch &a, const Tile &tile, int splits, int split, int row,
                      int chunk, const float *sums, float m, float l) {
     const rf_attention_params &p = a.p;
-    int kv_head = group_y(), group = (int)a.group.value;
+    int group = (int)a.group.value;
     if (splits == 1) {
         int token = (int)rf_quotient((uint32_t)row, a.group);
-        finish(p, tile.token0 + token, kv_head * group + row - token * group, chunk, sums, m, l);
+        finish(p, tile.token0 + token, tile.kv_head * group + row - token * group, chunk, sums, m, l);
         return;
     }
     int64_t index =
-        (((int64_t)tile.seq * a.split_rows + row) * p.num_kv_heads + kv_head) * a.max_splits +
+        (((int64_t)tile.seq * a.split_rows + row) * p.num_kv_heads + tile.kv_head) * a.max_splits +
         split;
     float *to = a.partial + index * p.v_head_dim + 8 * chunk;
     store_chunk(to, narrow_chunk<RF_F32>(sums));
@@ -156,13 +159,14 @@ RF_DEVICE void reduce(const rf_attention_launch &a, int tile_rows) {
     int row = group_z() * RF_WAVES + wave(), group = (int)a.group.value;
     Tile tile;
     find_sequence(a, group_x(), tile);
+    tile.kv_head = group_y();
     if (row >= tile.num_rows || tile.num_rows > a.split_rows) return;
     tile.row0 = row / tile_rows * tile_rows;
     tile.rows = smaller(tile_rows, tile.num_rows - tile.row0);
     int splits = share_of(a, tile, 0).splits;
     if (splits == 1) return; /* written already */
     int64_t index =
-        (((int64_t)tile.seq * a.split_rows + row) * p.num_kv_heads + group_y()) * a.max_splits;
+        (((int64_t)tile.seq * a.split_rows + row) * p.num_kv_heads + tile.kv_head) * a.max_splits;
     float top = -INF, total = 0;
     for (int i = 0; i < splits; i++)
         top = larger(top, load<float>(a.partial_state + 2 * (index + i)));
@@ -180,7 +184,7 @@ RF_DEVICE void reduce(const rf_attention_launch &a, int tile_rows) {
             RF_UNROLL
             for (int j = 0; j < 8; j++) out[j] += x[j] * exp2(m - base);
         }
-        finish(p, tile.token0 + token, group_y() * group + row - token * group, chunk, out, top,
+        finish(p, tile.token0 + token, tile.kv_head * group + row - token * group, chunk, out, top,
                total);
     }
 }

@@ -89,7 +89,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
             for (int i = 0; i < 8; i++) query[r][c][i] = sums[r][c][i] = 0;
             if (r >= rows) continue;
             int token = (int)rf_quotient((uint32_t)(row0 + r), a.group);
-            int head = group_y() * group + row0 + r - token * group;
+            int head = tile.kv_head * group + row0 + r - token * group;
             range[r] = visible(p, tile, row0 + r, group);
             if (p.alibi_slopes) slope[r] = load<float>(p.alibi_slopes + head) * LOG2E;
             int64_t at = (tile.token0 + token) * p.query.token_stride + head * p.query.head_stride;
@@ -167,7 +167,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
      * the wave does not have is computed with a query of zeros. */
     template <bool GUARDED> RF_DEVICE_MEMBER void step(int first, const int *blocks) {
         const rf_attention_params &p = a.p;
-        int head = group_y();
+        int head = tile.kv_head;
         Chunk<SIZE> key[STEPS][CHUNKS], value[STEPS][CHUNKS];
         float weight[ROWS][STEPS], k_scale[STEPS], v_scale[STEPS];
         int offset[STEPS];
@@ -334,7 +334,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
     }
 
     RF_DEVICE_MEMBER void operator()(Shared &lds) {
-        if (!find_tile<TILE>(a, group_x(), tile)) return;
+        if (!find_tile<TILE>(a, tile)) return;
         share = share_of(a, tile, group_z());
         if (group_z() >= share.splits) return;
         /* Waves with rows of their own: as many as the rows need, in powers of two. */

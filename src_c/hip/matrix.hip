@@ -1,5 +1,6 @@
-/* Attention by matrix instructions: decode, verification and prefill of 16-bit caches whose heads
- * have 64, 128 or 256 elements. Mathematics, rows, tiles and splits are those of attention.hip.
+/* Attention by matrix instructions: decode, verification and prefill of 16-bit queries over caches
+ * of the same type or of 8 bits, with heads of 64, 128 or 256 elements. Mathematics, rows, tiles and
+ * splits are those of attention.hip.
  *
  * Work: a workgroup has a tile of up to RF_MATRIX_ROWS rows; a wave has 16 of them as the columns
  * of its tiles of sums. What waves are left take turns at the tokens: all four with up to 16 rows,
@@ -24,6 +25,13 @@
  * exceeds it by more than LAG: probabilities up to 2^LAG cost nothing in float32, and their 16 bits
  * are relative. Probabilities are rounded to the cache's type, their sum is not.
  *
+ * 8-bit elements become float16 in registers (matrix.h), keys where they are multiplied, values
+ * after they are transposed; all products are of float16. A key's 16 bytes are two operands, so the
+ * query lies in LDS in that order. Scales of a head move into the logits' factor and the output's;
+ * those of tokens multiply logits one by one, and as values' scales they become part of the exponent
+ * of the probability, since their product with it need not be a float16: p = exp2(logit + log2(scale)
+ * - m), with m the maximum of that, while the sum is of exp2(logit - m) and stays float32.
+ *
  * A token that some row of a wave sees must have finite values: a row that does not see it weighs
  * them with 0. Those of tokens past the ends or in holes are set to zero.
  *
@@ -36,7 +44,9 @@
  *   keys and values of one step at a time on gfx11            208   256: two copies of the sums
  *   one loop, the steps' difference in how they read          212   256, 47 spilled
  *   each product pinned to its place, query read from LDS     160   181: what is here
- *   and 32 rows a wave for prefill on gfx942                  212   7 scalars spilled */
+ *   and 32 rows a wave for prefill on gfx942                  212   7 scalars spilled
+ * 8-bit caches, the same sizes: 126 and 191; for 256 elements 190 and 229. LDS for what undoes the
+ * rows' powers of two beside the query, not before it, cost gfx942 one of two workgroups of 256. */
 #include "attention.h"
 #include "matrix.h"
 
@@ -133,7 +143,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     RF_DEVICE_MEMBER const char *vector_at(const rf_paged &pool, int block, int token) const {
         int offset = token - (int)(rf_quotient((uint32_t)token, a.block_size) * a.block_size.value);
         return static_cast<const char *>(pool.data) +
-               (larger(block, 0) * pool.block_stride + group_y() * pool.head_stride +
+               (larger(block, 0) * pool.block_stride + tile.kv_head * pool.head_stride +
                 offset * pool.token_stride) *
                    SIZE;
     }
@@ -202,8 +212,8 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     RF_DEVICE_MEMBER static bool of_tokens(const rf_scales &s) {
         return EIGHT && s.data && (s.block_stride | s.token_stride) != 0;
     }
-    RF_DEVICE_MEMBER static float of_head(const rf_scales &s) {
-        return of_tokens(s) ? 1.0f : scale_at(s, 0, group_y(), 0);
+    RF_DEVICE_MEMBER float of_head(const rf_scales &s) const {
+        return of_tokens(s) ? 1.0f : scale_at(s, 0, tile.kv_head, 0);
     }
     /* Of the tokens of this lane's sums. Where there is no block, that of some other token. */
     RF_DEVICE_MEMBER void read_scales(const rf_scales &s, const Step &step, Sums *to) const {
@@ -215,7 +225,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                 int token = step.first + 16 * t + PER * group() + i;
                 if (i == 0 || !step.steady) block = larger(block_of(token), 0);
                 int before = (int)(rf_quotient((uint32_t)token, a.block_size) * a.block_size.value);
-                to[t].x[i] = scale_at(s, block, group_y(), token - before);
+                to[t].x[i] = scale_at(s, block, tile.kv_head, token - before);
             }
         }
     }
@@ -252,7 +262,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             position = k.tile.kv_len - k.tile.q_len + token;
             range = visible(p, k.tile, row_of(), (int)k.a.group.value);
             if (p.alibi_slopes) {
-                int head = (group_y() - token) * (int)k.a.group.value + row_of();
+                int head = (k.tile.kv_head - token) * (int)k.a.group.value + row_of();
                 slope = load<float>(p.alibi_slopes + head) * LOG2E;
             }
         }
@@ -335,9 +345,10 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                 RF_UNROLL
                 for (int s = 0; s < SUBTILES; s++) RF_UNROLL
                 for (int i = 0; i < PER; i++) {
-                    float moved = x[s].x[i] + larger(-100.0f, log2(scale[s].x[i]));
+                    float moved = log2(scale[s].x[i]);
+                    moved = moved < -100 ? -100.0f : moved; /* of 0; NaN stays */
                     seen[s].x[i] = x[s].x[i];
-                    x[s].x[i] = x[s].x[i] == -INF ? -INF : moved;
+                    x[s].x[i] = x[s].x[i] == -INF ? -INF : x[s].x[i] + moved;
                 }
             }
             float top = x[0].x[0];
@@ -362,7 +373,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             }
         }
 
-        /* Of neighbouring elements: the two in a word of 16-bit ones, or in half a word. */
+        /* Two neighbouring elements at a time: of a word, or of half a word of 8-bit ones. */
         RF_DEVICE_MEMBER void add_values(const Values &values, int piece, const Operand &p) {
             bool nan = false;
             if constexpr (MAY_BE_NAN<DTYPE>) {
@@ -482,7 +493,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         RF_DEVICE_MEMBER void finish() {
             float total = sum<WAVE, 16>(l);
             if (!has()) return;
-            float scale = EIGHT ? UNIT<DTYPE> * of_head(fresh(k.a).p.v_scale) : 1.0f;
+            float scale = EIGHT ? UNIT<DTYPE> * k.of_head(fresh(k.a).p.v_scale) : 1.0f;
             RF_UNROLL
             for (int i = 0; i < PER * PIECES * WIDTH / 8; i++) {
                 float out[8];
@@ -523,7 +534,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         const char *at = nullptr;
         if (mine < tile.rows) {
             int token = (int)rf_quotient((uint32_t)(tile.row0 + mine), a.group);
-            int head = (group_y() - token) * (int)a.group.value + tile.row0 + mine;
+            int head = (tile.kv_head - token) * (int)a.group.value + tile.row0 + mine;
             at = static_cast<const char *>(p.query.data) +
                  ((tile.token0 + token) * p.query.token_stride + head * p.query.head_stride) * 2;
         }
@@ -603,7 +614,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
 
     RF_DEVICE_MEMBER void operator()() {
         const rf_attention_params &p = a.p;
-        if (!find_tile<RF_MATRIX_ROWS>(a, group_x(), tile)) return;
+        if (!find_tile<RF_MATRIX_ROWS>(a, tile)) return;
         tile.rows = uniform(tile.rows), tile.row0 = uniform(tile.row0);
         tile.kv_len = uniform(tile.kv_len), tile.q_len = uniform(tile.q_len);
         share = share_of(a, tile, group_z());

@@ -74,6 +74,12 @@ def test_scales_of_tokens_far_apart(device):
     nothing = problem.v_scale.copy()
     nothing[problem.block_table[0, :10]] = 0
     check(problem.but(v_scale=nothing), device)
+    for name in ("k_scale", "v_scale"):
+        nan = getattr(problem, name).copy()
+        nan[problem.block_table[0, 299 // 16], 0, 299 % 16] = np.nan  # the last query's own
+        got = attend(problem.but(**{name: nan}), device)
+        assert np.isnan(got).all(axis=(1, 2)).tolist() == [False, True, False]
+        assert np.isnan(got).any(axis=(1, 2)).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("power", [-100, -20, 20, 100])
