@@ -1,5 +1,7 @@
 """The operations on PyTorch tensors, eager and in compiled graphs."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -172,7 +174,10 @@ def operator_calls():
         "paged_attention": (arguments, options),
         "paged_attention_out": ((torch.empty_like(out), *arguments), {}),
         "write_kv": ((key, key + 1, k_cache, v_cache, slots), {}),
-        "write_kv quantised": ((key, key + 1, *pools, slots, *scales), {}),
+        "write_kv quantised": (
+            (key, key + 1, *pools, slots),
+            {"k_scale": scales[0], "v_scale": scales[1]},
+        ),
         "write_kv latent": ((key, None, k_cache, None, slots), {}),
         "merge_states": ((out, lse, out + 1, lse), {}),
         "copy_blocks": ((caches, torch.tensor([[0, 2]], dtype=torch.int32)), {}),
@@ -256,13 +261,105 @@ def test_graphs_have_no_stream_and_no_workspace():
         problem.call(compiled, stream=0)
 
 
-def test_a_gradient_is_refused_not_forgotten():
+def wanting(tensor):
+    """The same, of which a gradient is wanted."""
+    return tensor.clone().requires_grad_()
+
+
+def calls_with_gradients():
+    """By function: the argument that requires a gradient, and the call's arguments."""
+    problem = tensors(problem_of(FLOAT32))
+    query, k_cache, v_cache = problem.query, problem.k_cache, problem.v_cache
+    rest = (problem.block_table, problem.seq_lens, problem.cu_seqlens_q)
+    key, lse, pool = torch.randn(3, 2, 8), torch.randn(3, 2), torch.zeros(4, 2, 4, 8)
+    slots, ids = torch.tensor([0, 9, 4]), torch.tensor([1, 0], dtype=torch.int32)
+    rows = torch.zeros(2, 256, dtype=torch.uint8)
+    sinks = torch.nn.Parameter(torch.zeros(6))
+    return [
+        ("paged_attention", "query", (wanting(query), k_cache, v_cache, *rest), {}),
+        ("paged_attention", "v_cache", (query, k_cache, wanting(v_cache), *rest), {}),
+        ("paged_attention", "sinks", (query, k_cache, v_cache, *rest), {"sinks": sinks}),
+        ("paged_attention", "sinks", (query, k_cache, v_cache, *rest), {"sinks": wanting(sinks)}),
+        ("write_kv", "value", (key, wanting(key), pool, pool.clone(), slots), {}),
+        ("write_kv", "k_cache", (key, key, wanting(pool), pool, slots), {}),
+        ("merge_states", "out_b", (key, lse, wanting(key), lse), {}),
+        ("copy_blocks", "caches", ([pool, wanting(pool)], ids[None]), {}),
+        ("gather_blocks", "caches", ([pool, wanting(pool)], ids), {}),
+        ("scatter_blocks", "caches", ([wanting(pool)], ids, rows), {}),
+        ("calibrate", "key", (wanting(key), key, "int8"), {}),
+    ]
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("module", [rt, torch.ops.rocmforge], ids=["eager", "operator"])
+@pytest.mark.parametrize(("name", "argument", "arguments", "options"), calls_with_gradients())
+def test_a_gradient_is_refused_not_forgotten(name, argument, arguments, options, module, off):
+    if not hasattr(module, name):
+        pytest.skip("no operator")
+    function = getattr(module, name)
+    with pytest.raises(RuntimeError, match=rf"^{argument} requires a gradient, .*no_grad\(\)"):
+        function(*arguments, **options)
+    with off():  # as models for inference are called, whose parameters still say that they do
+        function(*arguments, **options)
+
+
+@pytest.mark.parametrize("off", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("kind", ["tensor", "parameter"])
+def test_without_gradients_parameters_are_tensors(kind, off):
+    problem = tensors(problem_of(FLOAT32))
+    sinks = torch.linspace(-1, 1, 6)
+    want = problem.call(rt.paged_attention, sinks=sinks)
+    wrap = torch.nn.Parameter if kind == "parameter" else lambda x: x.clone().requires_grad_()
+    with off():
+        got = problem.but(query=wrap(problem.query), k_cache=wrap(problem.k_cache)).call(
+            rt.paged_attention, sinks=wrap(sinks)
+        )
+    assert type(got) is torch.Tensor
+    np.testing.assert_array_equal(got.numpy(), want.numpy())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_graph_for_training_is_refused():
+    torch._dynamo.reset()
     problem = tensors(problem_of(FLOAT32))
     query = problem.query.clone().requires_grad_()
-    out = problem.but(query=query).call(rt.paged_attention)
-    np.testing.assert_array_equal(out.detach().numpy(), problem.call(rt.paged_attention).numpy())
-    with pytest.raises(NotImplementedError, match="rocmforge computes no gradients"):
-        out.sum().backward()
+    compiled = torch.compile(
+        lambda query: problem.but(query=query * 2).call(rt.paged_attention).sum(),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    with pytest.raises(Exception, match="query requires a gradient, and rocmforge computes none"):
+        compiled(query)
+    with torch.no_grad():
+        compiled(query)
+
+
+def test_work_goes_to_the_current_stream(monkeypatch):
+    """Of tensors on a GPU; tests/test_torch_rocm.py has a device. These are in host memory."""
+    asked = []
+
+    def current_stream(device):
+        asked.append(device)
+        return SimpleNamespace(cuda_stream=1234)
+
+    calls = operator_calls()
+    assert rt.stream_of(torch.zeros(1)) is None
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda _: True))
+    assert rt.stream_of(torch.zeros(1)) == 1234
+    for name, (arguments, options) in calls.items():
+        for module in (torch.ops.rocmforge, rt):
+            if module is rt and (options or name in ("paged_attention_out", "write_kv quantised")):
+                continue
+            asked.clear()
+            function = getattr(module, name.partition(" ")[0])
+            with pytest.raises(ValueError, match="stream must be None for arrays in host"):
+                function(*arguments, **options)
+            assert asked == [torch.device("cpu")]
+    asked.clear()
+    with pytest.raises(ValueError, match="stream must be None for arrays in host memory, got str"):
+        tensors(problem_of(FLOAT32)).call(rt.paged_attention, stream="mine")
+    assert not asked
 
 
 def test_fake_tensors_say_what_would_come():

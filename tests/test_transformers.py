@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from rocmforge.errors import OutOfBlocksError  # noqa: E402
-from rocmforge.integrations.transformers import PagedCache, register  # noqa: E402
+from rocmforge.integrations.transformers import PagedCache, attention, register  # noqa: E402
 from transformers_cases import (  # noqa: E402
     CACHE,
     MODELS,
@@ -320,6 +320,94 @@ def test_refusals(llama):
         assert_paged(cache)
 
     ours(llama, run)
+
+
+def test_what_the_attention_is_asked_for(llama):
+    """Of a layer's call: what is not causal attention for inference."""
+    cache = cache_of(llama)
+    states = torch.zeros(1, 2, 3, 16)
+    key, value = cache.layers[0].update(states, states)
+    module = llama.model.layers[0].self_attn
+
+    def call(**options):
+        query = torch.zeros(1, 4, 3, 16)
+        return attention(module, query, key, value, None, **options)
+
+    with pytest.raises(NotImplementedError, match="it was asked for dropout"):
+        call(dropout=0.1)
+    with pytest.raises(NotImplementedError, match="it was asked for a position bias"):
+        call(position_bias=torch.zeros(1, 4, 3, 3))
+    for options in ({"is_causal": False}, {"is_causal": False, "dropout": 0.1}):
+        with pytest.raises(NotImplementedError, match="asked for attention that is not causal"):
+            call(**options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "is_causal", False)
+        with pytest.raises(NotImplementedError, match="asked for attention that is not causal"):
+            call()
+        with pytest.raises(NotImplementedError, match="asked for dropout"):
+            call(is_causal=True, dropout=0.5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache.layers[0], "window", 4)
+        with pytest.raises(
+            ValueError, match="layer 0 has a window of 8 tokens, the cache one of 4"
+        ):
+            call(sliding_window=8)
+    assert len(cache.kv_cache) == 0
+    out, weights = call()
+    assert out.shape == (1, 3, 4, 16)
+    assert weights is None
+
+
+@pytest.mark.parametrize("model", ["mistral", "gemma2", "gpt_oss"], indirect=True)
+@pytest.mark.parametrize("hole", [slice(5, 6), slice(7, 9)], ids=["inside", "on the right"])
+def test_windows_take_padding_on_the_left_alone(model, hole):
+    """A window counts what is between, also what is padding there."""
+    inputs = prompts(2, 9, padding=(0, 2))
+    inputs["attention_mask"][1, hole] = 0
+    cache = cache_of(model)
+
+    def run():
+        with (
+            torch.no_grad(),
+            pytest.raises(NotImplementedError, match="takes padding on the left alone"),
+        ):
+            model(**inputs, **{CACHE: cache})
+        assert len(cache.kv_cache) == 0
+        inputs["attention_mask"][1, hole] = 1
+        return generate(model, inputs, cache)
+
+    got, _ = ours(model, run)
+    assert torch.equal(got, generate(model, inputs))
+
+
+def test_a_hole_where_there_are_no_windows(llama):
+    """Is left out, as the model's own attention leaves it out."""
+    inputs = prompts(2, 9, padding=(0, 2))
+    inputs["attention_mask"][1, 5] = 0
+    with torch.no_grad():
+        want = llama(**inputs).logits
+        got, _ = ours(llama, lambda: llama(**inputs, **{CACHE: cache_of(llama)}).logits)
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], want[real], rtol=2e-4, atol=2e-4)
+
+
+def test_a_cache_on_a_gpu_has_the_stream_of_the_model(llama, monkeypatch):
+    """PyTorch's current one, unless another is asked for."""
+    made = []
+
+    class Made(Exception):
+        pass
+
+    def kv_cache(**options):
+        made.append((options["device"], options["stream"]))
+        raise Made
+
+    monkeypatch.setattr("rocmforge.integrations.transformers.KVCache", kv_cache)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"current of {device}")
+    for options in ({}, {"stream": 7}):
+        with pytest.raises(Made):
+            cache_of(llama, device="cuda:1", **options)
+    assert made == [("hip:1", "current of cuda:1"), ("hip:1", 7)]
 
 
 def test_windows_bound_what_can_be_taken_back():

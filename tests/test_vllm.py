@@ -322,6 +322,19 @@ def test_a_warm_up_touches_nothing(backend):
     assert (out == 7).all()
 
 
+def test_the_stream_is_that_of_torch(backend, monkeypatch):
+    """And is asked for when a batch comes: here one that arrays in host memory do not take."""
+    torch = pytest.importorskip("torch")
+    layer = Layer(backend)
+    query, out, meta = layer.step([3, 4, 5, 6])
+    monkeypatch.setattr(backend, "stream_of", lambda tensor: f"stream of {len(tensor)} tokens")
+    with pytest.raises(ValueError, match="stream must be None for arrays in host memory, got str"):
+        layer.impl.forward(layer, query, query, query, layer.kv_cache, meta, output=out)
+    slots, key, value = layer.written
+    with pytest.raises(ValueError, match="stream must be None for arrays in host memory, got str"):
+        layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, torch.tensor(slots))
+
+
 def test_another_cache_is_noticed(backend):
     layer = Layer(backend)
     layer.check([3, 4, 5, 6])

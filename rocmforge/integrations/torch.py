@@ -1,17 +1,20 @@
 """The operations on PyTorch tensors, in eager code and in graphs that ``torch.compile`` makes.
 
 Called from eager code a function here is the one of the same name in `rocmforge.ops`, which reads
-tensors where they are and gives tensors back. While a graph is traced, for tensors that stand for
-others (fake tensors) and for those that need a gradient it is an operator of
-``torch.ops.rocmforge`` instead, so that a graph stays whole. The operators can be called by name
-too; they take no floats as scales, no workspace and no stream.
+tensors where they are; it works on PyTorch's current stream and gives tensors back. While a graph
+is traced, and for tensors that are more than their memory (parameters, fake tensors), it is an
+operator of ``torch.ops.rocmforge`` instead, so that a graph stays whole. The operators can be
+called by name too; they take no floats as scales, no workspace and no stream.
 
-There are no gradients: going back through a result is an error.
+There are no gradients: while they are recorded, a tensor that requires one is refused.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 try:
     import torch
@@ -31,17 +34,113 @@ __all__ = [
     "merge_states",
     "paged_attention",
     "scatter_blocks",
+    "stream_of",
     "write_kv",
 ]
 
-calibrate = ops.calibrate
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_PLAIN = frozenset({Tensor})  # what is no more than its memory
 
 
-def _direct(tensor: Tensor) -> bool:
-    """Whether its memory can be read here and now."""
-    return type(tensor) is Tensor and not tensor.requires_grad and not torch.compiler.is_compiling()
+# ---- eager code ----
 
 
+def stream_of(tensor: Tensor) -> int | None:
+    """PyTorch's current stream of a tensor's GPU, as `rocmforge.ops` takes it; None on the CPU."""
+    if not tensor.is_cuda:  # so PyTorch calls AMD GPUs too
+        return None
+    stream: int = torch.cuda.current_stream(tensor.device).cuda_stream
+    return stream
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among arguments, and in lists among them."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += [x for x in value if isinstance(x, Tensor)]
+    return found
+
+
+def _call(
+    function: Callable[..., Any],
+    tensors: Sequence[Tensor],
+    arguments: Sequence[Any],
+    options: dict[str, Any],
+) -> Any:
+    """Call a function of `rocmforge.ops` on PyTorch's stream, and give tensors back."""
+    if not tensors or not tensors[0].is_cuda:
+        return function(*arguments, **options)
+    if options.get("stream") is None:
+        options["stream"] = stream_of(tensors[0])
+    return _as_tensors(function(*arguments, **options))
+
+
+def _as_tensors(result: Any) -> Any:
+    """What an operation on a GPU has made, as PyTorch's, without a copy."""
+    if isinstance(result, tuple):
+        return tuple(map(_as_tensors, result))
+    known = result is None or isinstance(result, Tensor)
+    return result if known else torch.from_dlpack(result)
+
+
+def _refuse_gradients(
+    tensors: Iterable[Tensor],
+    names: Sequence[str],
+    arguments: Iterable[Any],
+    options: Mapping[str, Any],
+) -> None:
+    """Raise for the first argument that requires a gradient."""
+    for tensor in tensors:
+        if tensor.requires_grad:
+            break
+    else:
+        return
+    given = {**dict(zip(names, arguments, strict=False)), **options}
+    name = next(key for key, x in given.items() if any(t is tensor for t in _tensors([x])))
+    raise RuntimeError(
+        f"{name} requires a gradient, and rocmforge computes none: call in torch.no_grad() or "
+        f"torch.inference_mode(), or pass {name}.detach()"
+    )
+
+
+def _operation(direct: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """In eager code the function of `rocmforge.ops`, in a graph the one below."""
+
+    def decorate(in_graph: Callable[P, R]) -> Callable[P, R]:
+        names = tuple(inspect.signature(in_graph).parameters)
+
+        @functools.wraps(in_graph)
+        def call(*arguments: P.args, **options: P.kwargs) -> R:
+            tensors = _tensors((*arguments, *options.values()))
+            if torch.is_grad_enabled():
+                _refuse_gradients(tensors, names, arguments, options)
+            if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+                return in_graph(*arguments, **options)
+            result: R = _call(direct, tensors, arguments, options)
+            return result
+
+        return call
+
+    return decorate
+
+
+@_operation(ops.calibrate)
+def calibrate(
+    key: Tensor, value: Tensor | None, dtype: Any, *, stream: Any = None
+) -> tuple[Tensor, Tensor | None]:
+    """`rocmforge.ops.calibrate` on tensors, of which no graph is made."""
+    scales: tuple[Tensor, Tensor | None] = ops.calibrate(
+        _plain(key), _plain(value), dtype, stream=stream
+    )
+    return scales
+
+
+@_operation(ops.paged_attention)
 def paged_attention(
     query: Tensor,
     k_cache: Tensor,
@@ -73,51 +172,37 @@ def paged_attention(
     """`rocmforge.ops.paged_attention` on tensors.
 
     `workspace` and `stream` have no place in a compiled graph, whose memory and order are
-    PyTorch's.
+    PyTorch's; in eager code no `stream` is PyTorch's current one.
     """
-    if _direct(query):
-        return ops.paged_attention(
-            query,
-            k_cache,
-            v_cache,
-            block_table,
-            seq_lens,
-            cu_seqlens_q,
-            rows=rows,
-            scale=scale,
-            causal=causal,
-            window_size=window_size,
-            softcap=softcap,
-            alibi_slopes=alibi_slopes,
-            sinks=sinks,
-            mask=mask,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            max_seqlen_q=max_seqlen_q,
-            max_seq_len=max_seq_len,
-            num_splits=num_splits,
-            deterministic=deterministic,
-            layout=layout,
-            out=out,
-            return_lse=return_lse,
-            workspace=workspace,
-            stream=stream,
-        )
     _no_stream(workspace, stream)
     heads = _kv_heads(k_cache, layout)
-    arguments = (query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q, rows, scale, causal)
-    options = (
-        *(window_size[0], window_size[1], softcap, alibi_slopes, sinks, mask),
-        *(_head_scales(k_scale, heads, query), _head_scales(v_scale, heads, query)),
-        *(max_seqlen_q, max_seq_len, num_splits, deterministic, layout),
-    )
+    arguments = (query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q)
+    options = {
+        "rows": rows,
+        "scale": scale,
+        "causal": causal,
+        "window_left": window_size[0],
+        "window_right": window_size[1],
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+        "mask": mask,
+        "k_scale": _head_scales(k_scale, heads, query),
+        "v_scale": _head_scales(v_scale, heads, query),
+        "max_seqlen_q": max_seqlen_q,
+        "max_seq_len": max_seq_len,
+        "num_splits": num_splits,
+        "deterministic": deterministic,
+        "layout": layout,
+    }
     if out is None:
-        out, lse = torch.ops.rocmforge.paged_attention(*arguments, *options)
+        out, lse = torch.ops.rocmforge.paged_attention(*arguments, **options)
     else:
-        lse = torch.ops.rocmforge.paged_attention_out(out, *arguments, *options)
+        lse = torch.ops.rocmforge.paged_attention_out(out, *arguments, **options)
     return (out, lse) if return_lse else out
 
 
+@_operation(ops.write_kv)
 def write_kv(
     key: Tensor,
     value: Tensor | None,
@@ -131,27 +216,18 @@ def write_kv(
     stream: Any = None,
 ) -> None:
     """`rocmforge.ops.write_kv` on tensors; ``stream`` as in `paged_attention`."""
-    if _direct(key):
-        return ops.write_kv(
-            key,
-            value,
-            k_cache,
-            v_cache,
-            slot_mapping,
-            k_scale=k_scale,
-            v_scale=v_scale,
-            layout=layout,
-            stream=stream,
-        )
     _no_stream(None, stream)
     heads = _kv_heads(k_cache, layout)
-    k_scale, v_scale = _head_scales(k_scale, heads, key), _head_scales(v_scale, heads, key)
+    scales = {
+        "k_scale": _head_scales(k_scale, heads, key),
+        "v_scale": _head_scales(v_scale, heads, key),
+    }
     torch.ops.rocmforge.write_kv(
-        key, value, k_cache, v_cache, slot_mapping, k_scale, v_scale, layout
+        key, value, k_cache, v_cache, slot_mapping, **scales, layout=layout
     )
-    return None
 
 
+@_operation(ops.merge_states)
 def merge_states(
     out_a: Tensor,
     lse_a: Tensor,
@@ -163,11 +239,6 @@ def merge_states(
     stream: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """`rocmforge.ops.merge_states` on tensors; ``stream`` as in `paged_attention`."""
-    if _direct(out_a):
-        merged: tuple[Tensor, Tensor] = ops.merge_states(
-            out_a, lse_a, out_b, lse_b, out=out, lse=lse, stream=stream
-        )
-        return merged
     _no_stream(None, stream)
     made, made_lse = torch.ops.rocmforge.merge_states(out_a, lse_a, out_b, lse_b)
     # in a graph the parts may be the results too: PyTorch sees a copy, and may leave it out
@@ -177,37 +248,28 @@ def merge_states(
     )
 
 
+@_operation(ops.copy_blocks)
 def copy_blocks(caches: Any, copies: Tensor, *, stream: Any = None) -> None:
     """`rocmforge.ops.copy_blocks` on tensors; ``stream`` as in `paged_attention`."""
-    caches = _sequence(caches)
-    if not caches or _direct(caches[0]):
-        return ops.copy_blocks(caches, copies, stream=stream)
     _no_stream(None, stream)
-    torch.ops.rocmforge.copy_blocks(caches, copies)
-    return None
+    torch.ops.rocmforge.copy_blocks(_sequence(caches), copies)
 
 
+@_operation(ops.gather_blocks)
 def gather_blocks(
     caches: Any, block_ids: Tensor, out: Tensor | None = None, *, stream: Any = None
 ) -> Tensor:
     """`rocmforge.ops.gather_blocks` on tensors; ``stream`` as in `paged_attention`."""
-    caches = _sequence(caches)
-    if not caches or _direct(caches[0]):
-        rows: Tensor = ops.gather_blocks(caches, block_ids, out, stream=stream)
-        return rows
     _no_stream(None, stream)
-    rows = torch.ops.rocmforge.gather_blocks(caches, block_ids)
+    rows: Tensor = torch.ops.rocmforge.gather_blocks(_sequence(caches), block_ids)
     return rows if out is None else out.copy_(rows)
 
 
+@_operation(ops.scatter_blocks)
 def scatter_blocks(caches: Any, block_ids: Tensor, data: Tensor, *, stream: Any = None) -> None:
     """`rocmforge.ops.scatter_blocks` on tensors; ``stream`` as in `paged_attention`."""
-    caches = _sequence(caches)
-    if not caches or _direct(caches[0]):
-        return ops.scatter_blocks(caches, block_ids, data, stream=stream)
     _no_stream(None, stream)
-    torch.ops.rocmforge.scatter_blocks(caches, block_ids, data)
-    return None
+    torch.ops.rocmforge.scatter_blocks(_sequence(caches), block_ids, data)
 
 
 # ---- arguments of the operators ----
@@ -237,13 +299,12 @@ def _no_stream(workspace: object, stream: object) -> None:
 
 # ---- the operators ----
 # By torch.library's functions, not its decorator, whose checks would be made again at each call.
-# What a result is like is detached: plain tensors give tensors, parameters would give arrays.
 
 _library = torch.library.Library("rocmforge", "DEF")
 
 _ATTENTION = (
     "Tensor query, Tensor k_cache, Tensor v_cache, Tensor block_table, Tensor seq_lens, "
-    "Tensor? cu_seqlens_q=None, Tensor? rows=None, float? scale=None, bool causal=True, "
+    "Tensor? cu_seqlens_q=None, *, Tensor? rows=None, float? scale=None, bool causal=True, "
     "SymInt window_left=-1, SymInt window_right=-1, float softcap=0.0, Tensor? alibi_slopes=None, "
     "Tensor? sinks=None, Tensor? mask=None, Tensor? k_scale=None, Tensor? v_scale=None, "
     "SymInt? max_seqlen_q=None, SymInt? max_seq_len=None, int? num_splits=None, "
@@ -251,106 +312,25 @@ _ATTENTION = (
 )
 
 
+def _plain(value: Any) -> Any:
+    """Parameters as tensors, whose results are tensors: those of a parameter would be arrays."""
+    if isinstance(value, list):
+        return [_plain(x) for x in value]
+    return value.detach() if isinstance(value, Tensor) and type(value) is not Tensor else value
+
+
 def _attend(
-    out: Tensor | None,
-    query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_table: Tensor,
-    seq_lens: Tensor,
-    cu_seqlens_q: Tensor | None = None,
-    rows: Tensor | None = None,
-    scale: float | None = None,
-    causal: bool = True,
-    window_left: int = -1,
-    window_right: int = -1,
-    softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
-    sinks: Tensor | None = None,
-    mask: Tensor | None = None,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    max_seqlen_q: int | None = None,
-    max_seq_len: int | None = None,
-    num_splits: int | None = None,
-    deterministic: bool = True,
-    layout: str = "HND",
+    *arrays: Any, window_left: int = -1, window_right: int = -1, **options: Any
 ) -> tuple[Tensor, Tensor]:
+    window = (window_left, window_right)
     result: tuple[Tensor, Tensor] = ops.paged_attention(
-        query,
-        k_cache,
-        v_cache,
-        block_table,
-        seq_lens,
-        cu_seqlens_q,
-        rows=rows,
-        scale=scale,
-        causal=causal,
-        window_size=(window_left, window_right),
-        softcap=softcap,
-        alibi_slopes=_plain(alibi_slopes),
-        sinks=_plain(sinks),
-        mask=mask,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        max_seqlen_q=max_seqlen_q,
-        max_seq_len=max_seq_len,
-        num_splits=num_splits,
-        deterministic=deterministic,
-        layout=layout,
-        out=out,
-        return_lse=True,
+        *arrays, window_size=window, return_lse=True, **options
     )
     return result
 
 
-def _plain(tensor: Tensor | None) -> Tensor | None:
-    """A parameter of a model as a tensor."""
-    return None if tensor is None else tensor.detach()
-
-
-def _paged_attention(query: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return _attend(None, query.detach(), *arguments, **options)
-
-
-def _paged_attention_out(out: Tensor, query: Tensor, *arguments: Any, **options: Any) -> Tensor:
-    return _attend(out, query.detach(), *arguments, **options)[1]
-
-
-def _write_kv(
-    key: Tensor,
-    value: Tensor | None,
-    k_cache: Tensor,
-    v_cache: Tensor | None,
-    slot_mapping: Tensor,
-    k_scale: Tensor | None = None,
-    v_scale: Tensor | None = None,
-    layout: str = "HND",
-) -> None:
-    ops.write_kv(
-        key.detach(),
-        _plain(value),
-        k_cache,
-        v_cache,
-        slot_mapping,
-        k_scale=k_scale,
-        v_scale=v_scale,
-        layout=layout,
-    )
-
-
-def _merge_states(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
-) -> tuple[Tensor, Tensor]:
-    merged: tuple[Tensor, Tensor] = ops.merge_states(
-        *(part.detach() for part in (out_a, lse_a, out_b, lse_b))
-    )
-    return merged
-
-
-def _gather_blocks(caches: list[Tensor], block_ids: Tensor) -> Tensor:
-    rows: Tensor = ops.gather_blocks([cache.detach() for cache in caches], block_ids)
-    return rows
+def _attend_into(out: Tensor, *arrays: Any, **options: Any) -> Tensor:
+    return _attend(*arrays, out=out, **options)[1]
 
 
 # ---- what their results look like, for tensors that have no memory ----
@@ -383,44 +363,48 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
-def _define(schema: str, function: Any, fake: Any) -> None:
+def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """One implementation for all devices: the tensors say where they are."""
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        tensors = _tensors((*arguments, *options.values()))
+        if torch.is_grad_enabled():
+            _refuse_gradients(tensors, names, arguments, options)
+        if not _PLAIN.issuperset(map(type, tensors)):
+            arguments = tuple(map(_plain, arguments))
+            options = {key: _plain(value) for key, value in options.items()}
+        return _call(function, tensors, arguments, options)
+
     name = schema.partition("(")[0]
     _library.define(schema)
-    _library.impl(name, function, "CompositeExplicitAutograd")
+    _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"rocmforge::{name}", fake, lib=_library)
+    operator = getattr(torch.ops.rocmforge, name).default
+    names = [argument.name for argument in operator._schema.arguments]
 
 
-_define(f"paged_attention({_ATTENTION}) -> (Tensor, Tensor)", _paged_attention, _fake_attention)
+_define(f"paged_attention({_ATTENTION}) -> (Tensor, Tensor)", _attend, _fake_attention)
 _define(
     f"paged_attention_out(Tensor(a!) out, {_ATTENTION}) -> Tensor",
-    _paged_attention_out,
+    _attend_into,
     lambda out, query, *_, **__: _fake_lse(query),
 )
 _define(
     "write_kv(Tensor key, Tensor? value, Tensor(a!) k_cache, Tensor(b!)? v_cache, "
-    "Tensor slot_mapping, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, "
+    "Tensor slot_mapping, *, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, "
     'str layout="HND") -> ()',
-    _write_kv,
+    ops.write_kv,
     _nothing,
 )
 _define(
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)",
-    _merge_states,
+    ops.merge_states,
     _fake_merge,
 )
 _define("copy_blocks(Tensor(a!)[] caches, Tensor copies) -> ()", ops.copy_blocks, _nothing)
-_define("gather_blocks(Tensor[] caches, Tensor block_ids) -> Tensor", _gather_blocks, _fake_rows)
+_define("gather_blocks(Tensor[] caches, Tensor block_ids) -> Tensor", ops.gather_blocks, _fake_rows)
 _define(
     "scatter_blocks(Tensor(a!)[] caches, Tensor block_ids, Tensor data) -> ()",
     ops.scatter_blocks,
     _nothing,
 )
-
-
-def _no_gradient(*_: Any) -> None:
-    raise NotImplementedError("rocmforge computes no gradients: its operations are for inference")
-
-
-for _name in ("paged_attention", "merge_states", "gather_blocks"):
-    torch.library.register_autograd(f"rocmforge::{_name}", _no_gradient, lib=_library)

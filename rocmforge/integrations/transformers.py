@@ -306,7 +306,7 @@ class PagedCache(Cache):
     device : torch.device or str
         Where the model is.
     options
-        Further arguments of `rocmforge.KVCache`.
+        Further arguments of `rocmforge.KVCache`. `stream` is PyTorch's current one by default.
 
     Attributes
     ----------
@@ -621,8 +621,10 @@ class PagedCache(Cache):
             step.keys[layer] = weakref.ref(key)
             if step.batch.committed:
                 self._done(step)
-        out = self.kv_cache.attend(
-            index, step.tokens(query), step.batch, scale=scale, softcap=softcap, sinks=sinks
+        tokens = step.tokens(query)
+        out = tokens.new_empty((*tokens.shape[:2], value.shape[3]))
+        self.kv_cache.attend(
+            index, tokens, step.batch, out, scale=scale, softcap=softcap, sinks=sinks
         )
         return step.padded(out)
 
@@ -648,6 +650,8 @@ def _make_pool(
     options: dict[str, Any],
 ) -> _Pool:
     config = config.get_text_config(decoder=True)
+    if torch.device(device).type == "cuda":  # where the model works, unless another is asked for
+        options = {"stream": torch.cuda.current_stream(device)} | options
     # What Transformers itself would keep for each layer.
     kinds = DynamicCache(config=config).layers
     windows: list[int | None] = []

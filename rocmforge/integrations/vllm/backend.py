@@ -30,6 +30,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from rocmforge import ops
+from rocmforge.integrations.torch import stream_of
 
 __all__ = ["CPUBackend", "CustomBackend", "Implementation", "Metadata", "MetadataBuilder"]
 
@@ -213,7 +214,14 @@ class Implementation(AttentionImpl[Metadata]):
             self._divide(kv_cache)
         k_scale, v_scale = self._scales(layer)
         ops.write_kv(
-            key, value, self._keys, self._values, slot_mapping, k_scale=k_scale, v_scale=v_scale
+            key,
+            value,
+            self._keys,
+            self._values,
+            slot_mapping,
+            k_scale=k_scale,
+            v_scale=v_scale,
+            stream=stream_of(key),
         )
 
     def forward(
@@ -262,6 +270,7 @@ class Implementation(AttentionImpl[Metadata]):
             max_seqlen_q=meta.max_query_len,
             max_seq_len=meta.max_seq_len,
             out=out,
+            stream=stream_of(query),
         )
         return output
 
