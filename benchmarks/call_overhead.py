@@ -11,7 +11,9 @@ and asking for its device 3 us, both Python in PyTorch, and a decode step has fi
 exchange API, a table of C functions on the type, brings a tensor below 0.2 us and makes the result
 in PyTorch's memory. An operator of torch.library goes through PyTorch's dispatcher, which only
 graphs need: the last row of each table is an operator of the same arguments that does nothing, and
-so what of the row above is PyTorch's.
+so what of the row above is PyTorch's. A kernel for gradients (`torch.library.register_autograd`) is
+called first, in Python too, also where none is wanted: without it the operator for attention took
+14 us instead of 22 (two cores of a Xeon with AMX).
 """
 
 from __future__ import annotations
