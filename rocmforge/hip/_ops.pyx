@@ -328,7 +328,8 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
         if with_lse:
             fill_words(device, a.p.lse, _MINUS_INFINITY, a.p.num_tokens * a.p.num_heads, handle)
     if a.p.num_tokens and a.p.num_seqs:
-        launch(device, kernel, plan.tiles * a.p.num_kv_heads, 1, a.max_splits, handle, &a, sizeof(a))
+        launch(device, kernel, plan.tiles * a.p.num_kv_heads, 1, a.max_splits, handle, &a,
+               sizeof(a))
         if plan.states:
             launch(device, reduction, a.p.num_seqs, a.p.num_kv_heads,
                    (a.split_rows + RF_WAVES - 1) // RF_WAVES, handle, &a, sizeof(a))
