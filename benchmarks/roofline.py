@@ -258,13 +258,17 @@ def issue_cycles(tool: str, arch: str, loop: list[Instruction]) -> tuple[float, 
     """Cycles to issue a round among other waves' rounds, and of a round alone."""
     body = [i.text for i in loop if not i.name.startswith(("s_cbranch", "s_branch", "s_setpc"))]
     source = "\n".join(re.sub(r"s_wait\w* .*|s_delay_alu .*", "s_nop 0", line) for line in body)
-    done = subprocess.run(
-        [tool, "-mtriple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-iterations=10"],
-        input=source,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [tool, "-mtriple=amdgcn-amd-amdhsa", f"-mcpu={arch}", "-iterations=10"],
+            input=source,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+    except subprocess.TimeoutExpired:
+        raise RuntimeError("no end after 60 s") from None
     throughput = re.search(r"Block RThroughput:\s*([\d.]+)", done.stdout)
     total = re.search(r"Total Cycles:\s*(\d+)", done.stdout)
     if throughput is None or total is None:
