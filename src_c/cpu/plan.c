@@ -28,9 +28,10 @@ int64_t rf_plan_cost(const rf_attention_params *p) {
     return total;
 }
 
-/* Adds the tasks of query tokens q0 .. q0 + n - 1 of sequence i; without pl->tasks only counts. */
+/* Adds the tasks of query tokens q0 .. q0 + n - 1 of sequence i and of heads from .. to - 1;
+ * without pl->tasks only counts. */
 static void add_tasks(rf_plan *pl, const rf_attention_params *p, int64_t i, const rf_seq *s,
-                      int64_t q0, int64_t n) {
+                      int64_t q0, int64_t n, int64_t from, int64_t to) {
     int64_t rows = n * (p->num_heads / p->num_kv_heads);
     int64_t first = rf_first(p, s, q0), last = rf_visible(p, s, q0 + n - 1);
     int64_t tokens = last > first ? last - first : 0, first_part = first / RF_PART;
@@ -42,8 +43,8 @@ static void add_tasks(rf_plan *pl, const rf_attention_params *p, int64_t i, cons
     if (pieces < 1) pieces = 1;
     int64_t scratch = pl->key.kernels->scratch_floats(p, rows, heads);
     if (scratch > pl->scratch_floats) pl->scratch_floats = scratch;
-    for (int64_t head = 0; head < p->num_kv_heads; head += heads) {
-        int64_t h = smaller(heads, p->num_kv_heads - head);
+    for (int64_t head = from; head < to; head += heads) {
+        int64_t h = smaller(heads, to - head);
         if (pieces > 1) {
             if (pl->merges)
                 pl->merges[pl->num_merges] = (rf_merge){
@@ -74,13 +75,17 @@ static void make_tasks(rf_plan *pl, const rf_attention_params *p) {
     int64_t tile = query_tile(p);
     pl->num_tasks = pl->num_merges = pl->state_floats = pl->scratch_floats = 0;
     /* Long prompts first, and of each the last queries, which see most: threads end on small tasks.
-     */
+     * A head at a time, whose keys and values stay in a core's second level. */
     for (int pass = 0; pass < 2; pass++)
         for (int64_t i = 0; i < p->num_seqs; i++) {
             rf_seq s = rf_seq_of(p, i);
             if ((s.q_len > 1) != (pass == 0)) continue;
-            for (int64_t q0 = (s.q_len - 1) / tile * tile; q0 >= 0; q0 -= tile)
-                if (s.q_len > 0) add_tasks(pl, p, i, &s, q0, smaller(tile, s.q_len - q0));
+            const int64_t heads = s.q_len > tile ? 1 : p->num_kv_heads;
+            for (int64_t head = 0; head < p->num_kv_heads; head += heads)
+                for (int64_t q0 = (s.q_len - 1) / tile * tile; q0 >= 0; q0 -= tile)
+                    if (s.q_len > 0)
+                        add_tasks(pl, p, i, &s, q0, smaller(tile, s.q_len - q0), head,
+                                  head + heads);
         }
     pl->scratch_floats = (pl->scratch_floats + 15) & ~(int64_t)15;
 }
