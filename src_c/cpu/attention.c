@@ -13,24 +13,31 @@
 
 typedef struct job {
     const rf_attention_params *p;
-    const rf_kernels *kernels;
-    const rf_products *products;
+    const rf_variant *variant;
     const rf_plan *plan;
     float *states, *scratch; /* scratch: plan->scratch_floats a thread */
 } job;
 
+static const rf_products *products_of(const job *j, int64_t num_q) {
+    const rf_attention_params *p = j->p;
+    const int64_t rows = num_q * (p->num_heads / p->num_kv_heads);
+    return rf_products_of(j->variant, rows, p->dtype, p->kv_dtype);
+}
+
 static void run_task(void *arg, int64_t i, int worker) {
     const job *j = arg;
+    const rf_kernels *kernels = j->variant->kernels;
     const rf_task *t = &j->plan->tasks[i];
     float *scratch = j->scratch + worker * j->plan->scratch_floats;
     if (t->merge < 0) {
-        j->kernels->attend(j->p, j->products, t, scratch, NULL, 0);
+        kernels->attend(j->p, products_of(j, t->num_q), t, scratch, NULL, 0);
         return;
     }
     rf_merge *m = &j->plan->merges[t->merge];
-    j->kernels->attend(j->p, j->products, t, scratch, j->states + m->states, m->first_part);
+    float *states = j->states + m->states;
+    kernels->attend(j->p, products_of(j, t->num_q), t, scratch, states, m->first_part);
     if (__atomic_sub_fetch(&m->pending, 1, __ATOMIC_ACQ_REL) == 0)
-        j->kernels->merge(j->p, j->products, m, j->states + m->states);
+        kernels->merge(j->p, products_of(j, m->num_q), m, states);
 }
 
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -62,12 +69,7 @@ int rf_cpu_attention(rf_cpu *cpu, const rf_attention_params *p) {
     status = rf_buffer_reserve(b, (size_t)floats * sizeof(float));
     if (status != RF_OK) goto out;
     for (int64_t i = 0; i < plan->num_merges; i++) plan->merges[i].pending = plan->merges[i].pieces;
-    job j = {p,
-             cpu->variant->kernels,
-             rf_products_of(cpu->variant, p->dtype, p->kv_dtype),
-             plan,
-             b->data,
-             (float *)b->data + plan->state_floats};
+    job j = {p, cpu->variant, plan, b->data, (float *)b->data + plan->state_floats};
     if (threads > 1) rf_pool_run(&cpu->pool, run_task, &j, plan->num_tasks);
     else
         for (int64_t i = 0; i < plan->num_tasks; i++) run_task(&j, i, 0);

@@ -83,13 +83,16 @@ typedef struct rf_kernels {
 typedef struct rf_variant {
     const char *name;
     const rf_kernels *kernels;
-    const rf_products *products[RF_NUM_WIDE_DTYPES]; /* of each type of query: RF_NUM_CACHES */
+    /* For heads with few rows and with many; of each type of query: RF_NUM_CACHES. */
+    const rf_products *few[RF_NUM_WIDE_DTYPES], *many[RF_NUM_WIDE_DTYPES];
     int (*available)(void);
 } rf_variant;
 
-static inline const rf_products *rf_products_of(const rf_variant *v, int dtype, int kv_dtype) {
+static inline const rf_products *rf_products_of(const rf_variant *v, int64_t rows, int dtype,
+                                                int kv_dtype) {
+    const rf_products *const *products = rows < RF_MANY_ROWS ? v->few : v->many;
     const int wide = kv_dtype < RF_NUM_WIDE_DTYPES;
-    return v->products[dtype] + (wide ? 0 : 1 + kv_dtype - RF_NUM_WIDE_DTYPES);
+    return products[dtype] + (wide ? 0 : 1 + kv_dtype - RF_NUM_WIDE_DTYPES);
 }
 
 typedef const rf_products rf_products_of_caches[RF_NUM_CACHES];
