@@ -71,9 +71,12 @@ static void load_queries(const rf_attention_params *p, const rf_products *f, con
 }
 
 /* Factors that all of a head's tokens share. */
-RF_INLINE float head_scale(const rf_attention_params *p, const rf_scales *s, int64_t head) {
-    if (p->kv_dtype < RF_NUM_WIDE_DTYPES || scales_by_token(p, s)) return 1.0f;
-    return s->data ? s->data[head * s->head_stride] : s->value;
+RF_INLINE float head_scale(const rf_attention_params *p, const rf_products *f, const rf_scales *s,
+                           int64_t head) {
+    float scale = 1.0f;
+    if (p->kv_dtype >= RF_NUM_WIDE_DTYPES && !scales_by_token(p, s))
+        scale = s->data ? s->data[head * s->head_stride] : s->value;
+    return scale / f->one;
 }
 static const float *token_scales(const rf_attention_params *p, const rf_scales *s,
                                  const int64_t *off, int n, int64_t head, float *out) {
@@ -125,7 +128,7 @@ static void store_rows(const rf_attention_params *p, const rf_products *f, const
                 }
             }
             factor = sum == 0.0f ? 0.0f : factor / sum; /* no visible key: zeros */
-            factor *= head_scale(p, &p->v_scale, head + h);
+            factor *= head_scale(p, f, &p->v_scale, head + h);
             f->finish(st.acc + at * s->v_dim, p->v_head_dim, factor,
                       (char *)p->out.data +
                           (row * p->out.token_stride + out_head * p->out.head_stride) * size);
@@ -186,7 +189,7 @@ static void score_head(rf_work *w, const rf_tile *t, int h, rf_ahead ahead) {
     const rf_shape *s = &w->shape;
     const int n = t->n, size = rf_size[p->kv_dtype];
     const char *q = w->q + h * s->head_rows * s->q_dim * 4;
-    const float factor = p->scale * RF_LOG2E * head_scale(p, &p->k_scale, w->task->head + h);
+    const float factor = p->scale * RF_LOG2E * head_scale(p, w->f, &p->k_scale, w->task->head + h);
     float *to = scores_at(w, h);
     const rf_phase x = {at_head(w->k, &p->k, size, h), t->k, ahead, n, p->head_dim};
     if (s->many) w->f->scores_many(q, s->head_rows, &x, factor, to, w->wide);

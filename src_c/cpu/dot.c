@@ -287,6 +287,7 @@ static void softmax_pairs(float *s, int64_t ld, int n, float *max, float *sum, f
 #define RF_DOT(kv, unit, begin_, end_)                                                             \
     {.query_size = 2,                                                                              \
      .chunk = 64,                                                                                  \
+     .one = 1.0f,                                                                                  \
      .query = query_##kv,                                                                          \
      .scores_few = qk_few_##kv,                                                                    \
      .scores_many = qk_many_##unit##_##kv,                                                         \

@@ -56,7 +56,7 @@ static void scores_of_many(const float *q, int64_t ld, const rf_phase *x, float 
     }
 }
 
-#define RF_KNOWN_DIM(T, dim) (RF_W > 4 && sizeof(T) > 1 ? (dim) : 0)
+#define RF_KNOWN_DIM(T, dim) (RF_W > (sizeof(T) > 1 ? 4 : 8) ? (dim) : 0)
 
 #define T           float
 #define NAME(x)     x##_f32
@@ -128,9 +128,18 @@ static void softmax_many(float *s, int64_t ld, int n, float *max, float *sum, fl
     softmax_columns(s, ld, n, max, sum, alpha, scale, NULL);
 }
 
+/* A float8 is put in the place of a half, and so read as too small. */
+#define RF_ONE_f32      1.0f
+#define RF_ONE_f16      1.0f
+#define RF_ONE_bf16     1.0f
+#define RF_ONE_i8       1.0f
+#define RF_ONE_e4m3fn   0x1p-8f
+#define RF_ONE_e4m3fnuz 0x1p-7f
+
 #define RF_FMA(q, kv)                                                                              \
     {.query_size = 4,                                                                              \
      .chunk = 2 * RF_W,                                                                            \
+     .one = RF_ONE_##kv,                                                                           \
      .query = query_##q,                                                                           \
      .scores_few = qk_few_##kv,                                                                    \
      .scores_many = qk_many_##kv,                                                                  \

@@ -23,6 +23,7 @@ typedef struct rf_phase {
 typedef struct rf_products {
     int query_size;
     int chunk; /* elements that a row of queries and of sums is padded to */
+    float one; /* what an element that is 1 is read as, a power of two */
     /* One query as a row, zero to the end of its last chunk. */
     void (*query)(const void *query, int dim, void *row);
     void (*scores_few)(const void *q, int64_t ldq, const rf_phase *x, int64_t rows, float factor,

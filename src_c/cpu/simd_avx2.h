@@ -163,21 +163,21 @@ static inline void rf_st2_part_bf16n(uint16_t *p, int n, vf a, vf b) {
     rf_store128(p, rf_to_bf16(a));
 }
 
-/* A float8 in the place of a half has its exponent's offset wrong, by a factor. x: words. */
-static inline void rf_float8(__m256i x, __m256i nan, float factor, vf *a, vf *b) {
-    __m256i h = _mm256_or_si256(_mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7),
-                                _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8));
+/* A float8 in the place of a half has its exponent's offset wrong, by a factor: see RF_ONE. x:
+ * words, with the sign in all of the upper byte. */
+static inline void rf_float8(__m256i x, __m256i nan, vf *a, vf *b) {
+    __m256i h = _mm256_and_si256(_mm256_slli_epi16(x, 7), _mm256_set1_epi16((short)0xbf80));
     h = _mm256_or_si256(h, _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
-    *a = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(h)), vf_set1(factor));
-    *b = _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(h, 1)), vf_set1(factor));
+    *a = _mm256_cvtph_ps(_mm256_castsi256_si128(h));
+    *b = _mm256_cvtph_ps(_mm256_extracti128_si256(h, 1));
 }
 static inline void rf_e4m3fn(__m128i x, vf *a, vf *b) {
-    __m256i w = _mm256_cvtepu8_epi16(x), most = _mm256_set1_epi16(0x7f);
-    rf_float8(w, _mm256_cmpeq_epi16(_mm256_and_si256(w, most), most), 256.0f, a, b);
+    __m256i w = _mm256_cvtepi8_epi16(x), most = _mm256_set1_epi16(0x7f);
+    rf_float8(w, _mm256_cmpeq_epi16(_mm256_and_si256(w, most), most), a, b);
 }
 static inline void rf_e4m3fnuz(__m128i x, vf *a, vf *b) {
-    __m256i w = _mm256_cvtepu8_epi16(x);
-    rf_float8(w, _mm256_cmpeq_epi16(w, _mm256_set1_epi16(0x80)), 128.0f, a, b);
+    __m256i w = _mm256_cvtepi8_epi16(x);
+    rf_float8(w, _mm256_cmpeq_epi16(w, _mm256_set1_epi16((short)0xff80)), a, b);
 }
 static inline void rf_i8(__m128i x, vf *a, vf *b) {
     *a = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x));

@@ -171,22 +171,18 @@ static inline void rf_st2_part_bf16n(uint16_t *p, int n, vf a, vf b) {
     _mm512_mask_storeu_epi16(p, rf_lanes(n), rf_join_bf16n(a, b));
 }
 
-/* A float8 in the place of a half has its exponent's offset wrong, by a factor. x: words. */
-static inline void rf_float8(__m512i x, __mmask32 nan, float factor, vf *a, vf *b) {
-    __m512i h = _mm512_or_si512(_mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x7f)), 7),
-                                _mm512_slli_epi16(_mm512_and_si512(x, _mm512_set1_epi16(0x80)), 8));
-    h = _mm512_mask_mov_epi16(h, nan, _mm512_set1_epi16(0x7e00));
-    rf_split_f16(h, a, b);
-    *a = vf_mul(*a, vf_set1(factor));
-    *b = vf_mul(*b, vf_set1(factor));
+/* A float8 in the place of a half has its exponent's offset wrong, by a factor: see RF_ONE. */
+static inline void rf_float8(__m256i x, __mmask32 nan, vf *a, vf *b) {
+    __m512i h = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(x), 7),
+                                 _mm512_set1_epi16((short)0xbf80));
+    rf_split_f16(_mm512_mask_mov_epi16(h, nan, _mm512_set1_epi16(0x7e00)), a, b);
 }
 static inline void rf_e4m3fn(__m256i x, vf *a, vf *b) {
-    __m512i w = _mm512_cvtepu8_epi16(x), most = _mm512_set1_epi16(0x7f);
-    rf_float8(w, _mm512_cmpeq_epi16_mask(_mm512_and_si512(w, most), most), 256.0f, a, b);
+    const __m256i most = _mm256_set1_epi8(0x7f);
+    rf_float8(x, _mm256_cmpeq_epi8_mask(_mm256_and_si256(x, most), most), a, b);
 }
 static inline void rf_e4m3fnuz(__m256i x, vf *a, vf *b) {
-    __m512i w = _mm512_cvtepu8_epi16(x);
-    rf_float8(w, _mm512_cmpeq_epi16_mask(w, _mm512_set1_epi16(0x80)), 128.0f, a, b);
+    rf_float8(x, _mm256_cmpeq_epi8_mask(x, _mm256_set1_epi8((char)0x80)), a, b);
 }
 static inline void rf_i8(__m256i x, vf *a, vf *b) {
     *a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(x)));
@@ -202,7 +198,11 @@ static inline void rf_ld2_e4m3fn(const uint8_t *p, vf *a, vf *b) { rf_e4m3fn(rf_
 static inline void rf_ld2_e4m3fnuz(const uint8_t *p, vf *a, vf *b) {
     rf_e4m3fnuz(rf_load256(p), a, b);
 }
-static inline void rf_ld2_i8(const uint8_t *p, vf *a, vf *b) { rf_i8(rf_load256(p), a, b); }
+/* Two loads, so that nothing is shuffled but by the conversion. */
+static inline void rf_ld2_i8(const uint8_t *p, vf *a, vf *b) {
+    *a = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+    *b = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(p + 16))));
+}
 static inline void rf_ld2_part_e4m3fn(const uint8_t *p, int n, vf *a, vf *b) {
     rf_e4m3fn(rf_part256(p, n), a, b);
 }

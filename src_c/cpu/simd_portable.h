@@ -109,13 +109,13 @@ static inline void rf_ld2_f16(const uint16_t *p, vf *a, vf *b) {
     *a = rf_half(rf_words(p));
     *b = rf_half(rf_words(p + 4));
 }
-/* A float8 in the place of a half has its exponent's offset wrong, by a factor. */
-static inline vf rf_float8(vu x, vu nan, float factor) {
-    vf y = rf_half((x & 0x7fu) << 7 | (x & 0x80u) << 8) * vf_set1(factor);
+/* A float8 in the place of a half has its exponent's offset wrong, by a factor: see RF_ONE. */
+static inline vf rf_float8(vu x, vu nan) {
+    vf y = rf_half((x & 0x7fu) << 7 | (x & 0x80u) << 8);
     return (vf)((vu)y | (nan & 0x7fc00000u));
 }
-static inline vf rf_e4m3fn(vu x) { return rf_float8(x, (vu)((x & 0x7fu) == 0x7fu), 256.0f); }
-static inline vf rf_e4m3fnuz(vu x) { return rf_float8(x, (vu)(x == 0x80u), 128.0f); }
+static inline vf rf_e4m3fn(vu x) { return rf_float8(x, (vu)((x & 0x7fu) == 0x7fu)); }
+static inline vf rf_e4m3fnuz(vu x) { return rf_float8(x, (vu)(x == 0x80u)); }
 static inline void rf_ld2_e4m3fn(const uint8_t *p, vf *a, vf *b) {
     *a = rf_e4m3fn(rf_bytes4(p));
     *b = rf_e4m3fn(rf_bytes4(p + 4));
