@@ -29,8 +29,8 @@ FEATURES = {
     },
 }
 
-# Kernels with matrix instructions round each probability to the type of the cache, over an 8-bit one
-# to float16, which moves a result by up to this part of sum(p * |v|) / sum(p).
+# Kernels with matrix instructions round each probability to the type of the cache, over an 8-bit
+# one to float16, which moves a result by up to this part of sum(p * |v|) / sum(p).
 ROUNDING = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8, **dict.fromkeys(EIGHT_BIT, 2.0**-11)}
 
 

@@ -10,8 +10,8 @@ namespace rf {
 /* Where a workgroup's tile is. Uniform. */
 struct Tile {
     int seq, kv_head, row0, rows; /* rows of the sequence, from row0 */
-    int64_t token0;              /* the sequence's first query token */
-    int q_len, kv_len, num_rows; /* num_rows: of the whole sequence */
+    int64_t token0;               /* the sequence's first query token */
+    int q_len, kv_len, num_rows;  /* num_rows: of the whole sequence */
     const int32_t *blocks;
 };
 
@@ -139,7 +139,8 @@ RF_DEVICE void leave(const rf_attention_launch &a, const Tile &tile, int splits,
     int group = (int)a.group.value;
     if (splits == 1) {
         int token = (int)rf_quotient((uint32_t)row, a.group);
-        finish(p, tile.token0 + token, tile.kv_head * group + row - token * group, chunk, sums, m, l);
+        finish(p, tile.token0 + token, tile.kv_head * group + row - token * group, chunk, sums, m,
+               l);
         return;
     }
     int64_t index =

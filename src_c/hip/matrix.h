@@ -58,7 +58,9 @@ struct Halves {
     unsigned even, odd;
 };
 template <int DTYPE>
-constexpr float UNIT = DTYPE == RF_E4M3FN ? 256 : DTYPE == RF_E4M3FNUZ ? 128 : 1;
+constexpr float UNIT = DTYPE == RF_E4M3FN     ? 256
+                       : DTYPE == RF_E4M3FNUZ ? 128
+                                              : 1;
 template <int DTYPE> constexpr bool MAY_BE_NAN = DTYPE == RF_E4M3FN || DTYPE == RF_E4M3FNUZ;
 constexpr unsigned NAN_F16 = 0x7e00;
 
@@ -87,7 +89,8 @@ template <int DTYPE> RF_DEVICE Halves widen_bytes(unsigned w, bool nan) {
         return h;
     }
 }
-/* The operand of what a lane has read: 16-bit elements, or 8-bit ones in the order of widen_bytes. */
+/* The operand of what a lane has read: 16-bit elements, or 8-bit ones in the order of widen_bytes.
+ */
 template <int DTYPE> RF_DEVICE Operand operand_of_words(const unsigned *w) {
     Operand o;
     RF_UNROLL

@@ -1,6 +1,6 @@
 /* Attention by matrix instructions: decode, verification and prefill of 16-bit queries over caches
- * of the same type or of 8 bits, with heads of 64, 128 or 256 elements. Mathematics, rows, tiles and
- * splits are those of attention.hip.
+ * of the same type or of 8 bits, with heads of 64, 128 or 256 elements. Mathematics, rows, tiles
+ * and splits are those of attention.hip.
  *
  * Work: a workgroup has a tile of up to RF_MATRIX_ROWS rows; a wave has 16 of them as the columns
  * of its tiles of sums. What waves are left take turns at the tokens: all four with up to 16 rows,
@@ -28,8 +28,9 @@
  * 8-bit elements become float16 in registers (matrix.h), keys where they are multiplied, values
  * after they are transposed; all products are of float16. A key's 16 bytes are two operands, so the
  * query lies in LDS in that order. Scales of a head move into the logits' factor and the output's;
- * those of tokens multiply logits one by one, and as values' scales they become part of the exponent
- * of the probability, since their product with it need not be a float16: p = exp2(logit + log2(scale)
+ * those of tokens multiply logits one by one, and as values' scales they become part of the
+ * exponent of the probability, since their product with it need not be a float16: p = exp2(logit +
+ * log2(scale)
  * - m), with m the maximum of that, while the sum is of exp2(logit - m) and stays float32.
  *
  * A token that some row of a wave sees must have finite values: a row that does not see it weighs
@@ -541,15 +542,15 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         RF_UNROLL
         for (int u = 0; u < CHUNKS; u++) {
             /* 16 bytes of an 8-bit key are two operands. */
-            int chunk = EIGHT && !WHOLE ? 2 * (GROUPS * (u / 2) + group()) + u % 2
-                                        : GROUPS * u + group();
+            int chunk =
+                EIGHT && !WHOLE ? 2 * (GROUPS * (u / 2) + group()) + u % 2 : GROUPS * u + group();
             chunks[u] = {{0, 0, 0, 0}};
             if (at) chunks[u] = load<Bytes16>(at + 16 * chunk);
         }
     }
 
-    /* For 8-bit caches, to float16 in the order of widen_bytes. A row of bfloat16 is multiplied by a
-     * power of two that brings its largest element near to float16's, so that only what is 2^29
+    /* For 8-bit caches, to float16 in the order of widen_bytes. A row of bfloat16 is multiplied by
+     * a power of two that brings its largest element near to float16's, so that only what is 2^29
      * times smaller than that loses digits. What undoes it is returned. */
     RF_DEVICE_MEMBER float narrow_query(Bytes16 *chunks) const {
         float undo = 1;

@@ -41,10 +41,10 @@ RF_INLINE uint32_t rf_quotient(uint32_t n, rf_divisor d) {
     return ((uint32_t)(((uint64_t)n * d.magic) >> 32) + n) >> d.shift;
 }
 
-/* Grid: x tile of a sequence's rows x key/value head, heads first; z split. MI300 and MI350 give their
- * eight dies, each with a second-level cache of its own, workgroups in turn (ROCm's rocm-libraries
- * #4279 works around it): with a multiple of eight heads, all tiles that read a head's keys and values
- * are on one die. */
+/* Grid: x tile of a sequence's rows x key/value head, heads first; z split. MI300 and MI350 give
+ * their eight dies, each with a second-level cache of its own, workgroups in turn (ROCm's
+ * rocm-libraries #4279 works around it): with a multiple of eight heads, all tiles that read a
+ * head's keys and values are on one die. */
 typedef struct rf_attention_launch {
     rf_attention_params p;
     /* With max_splits > 1: for [num_seqs, split_rows, num_kv_heads, max_splits] rows v_head_dim
@@ -53,8 +53,8 @@ typedef struct rf_attention_launch {
     float *partial;
     float *partial_state;
     rf_divisor block_size, group, heads; /* heads: of keys and values */
-    int32_t split_rows;  /* rows that a split sequence has at most */
-    int32_t max_splits;  /* of a tile's context; 1: the output is written at once */
+    int32_t split_rows;                  /* rows that a split sequence has at most */
+    int32_t max_splits;                  /* of a tile's context; 1: the output is written at once */
     int32_t part_tokens; /* context tokens a split at least, unless max_splits bounds it */
     int32_t one_tile;    /* 1: grid x is the sequence, none has more rows than a tile */
     int32_t mask_width;  /* columns of the mask: new tokens past them are hidden */
@@ -137,8 +137,8 @@ static_assert(sizeof(rf_table_launch) == 3104, "rf_table_launch is shared with d
     X(576, 32, 3)
 #define RF_HIP_MAX_HEAD_DIM 576
 /* Kernels with matrix instructions, on chips that have them: X(suffix, enum rf_dtype of the cache,
- * head_dim and v_head_dim). The query has the cache's type, or a 16-bit one over an 8-bit cache. All
- * else is for the kernels above. */
+ * head_dim and v_head_dim). The query has the cache's type, or a 16-bit one over an 8-bit cache.
+ * All else is for the kernels above. */
 #define RF_MATRIX_INSTANCES(X)                                                                     \
     X(f16, RF_F16, 64)                                                                             \
     X(f16, RF_F16, 128)                                                                            \
