@@ -63,6 +63,10 @@ def test_kernels_are_those_of_the_source(built: Path) -> None:
     assert b"\0merge_states\0" in data
 
 
+def first_of(folder: Path, variable: str) -> str:
+    return os.pathsep.join([str(folder), *filter(None, [os.environ.get(variable)])])
+
+
 def run(built: Path, *command: str) -> subprocess.CompletedProcess[str]:
     pytest.importorskip("hip")
     return subprocess.run(
@@ -72,8 +76,8 @@ def run(built: Path, *command: str) -> subprocess.CompletedProcess[str]:
             **os.environ,
             "RF_SIMULATED": str(built),
             "ROCMFORGE_CODE_OBJECTS": str(built / "code_objects"),
-            "LD_LIBRARY_PATH": f"{built}:{os.environ.get('LD_LIBRARY_PATH', '')}",
-            "PYTHONPATH": f"{HERE / 'cuda'}:{os.environ.get('PYTHONPATH', '')}",
+            "LD_LIBRARY_PATH": first_of(built, "LD_LIBRARY_PATH"),
+            "PYTHONPATH": first_of(HERE / "cuda", "PYTHONPATH"),
         },
         capture_output=True,
         text=True,
