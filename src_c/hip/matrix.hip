@@ -101,7 +101,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     Share share;
     int begin, end, low, high; /* tokens that some row of the wave sees; that all of them see */
     unsigned k_lane, v_lane;   /* bytes from a tile's first vector to what this lane reads */
-    bool capped, biased, masked, k_scaled, v_scaled;
+    bool capped, biased, masked;
     float factor, unscale; /* of logits: for all rows, and what undoes that of this lane's query */
 
     RF_DEVICE_MEMBER MatrixAttention(const rf_attention_launch &launch, Shared &shared)
@@ -218,15 +218,18 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     }
     /* Of the tokens of this lane's sums. Where there is no block, that of some other token. */
     RF_DEVICE_MEMBER void read_scales(const rf_scales &s, const Step &step, Sums *to) const {
+        const float *head = s.data + tile.kv_head * s.head_stride;
         RF_UNROLL
         for (int t = 0; t < SUBTILES; t++) {
-            int block = 0;
+            /* opaque: addresses in vector registers, or scalar ones spill */
+            int first = opaque(step.first + 16 * t + PER * group()), block = 0;
             RF_UNROLL
             for (int i = 0; i < PER; i++) {
-                int token = step.first + 16 * t + PER * group() + i;
+                int token = first + i;
                 if (i == 0 || !step.steady) block = larger(block_of(token), 0);
                 int before = (int)(rf_quotient((uint32_t)token, a.block_size) * a.block_size.value);
-                to[t].x[i] = scale_at(s, block, tile.kv_head, token - before);
+                to[t].x[i] =
+                    load<float>(head + block * s.block_stride + (token - before) * s.token_stride);
             }
         }
     }
@@ -312,7 +315,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             RF_UNROLL
             for (int s = 0; s < SUBTILES; s++) RF_UNROLL
             for (int i = 0; i < PER; i++) x[s].x[i] *= factor;
-            if (EIGHT && k.k_scaled) {
+            if (of_tokens(fresh(k.a).p.k_scale)) { /* kept, they would spill */
                 Sums scale[SUBTILES];
                 k.read_scales(fresh(k.a).p.k_scale, step, scale);
                 RF_UNROLL
@@ -340,7 +343,8 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                 }
             }
             Sums seen[SUBTILES] = {}; /* logits of the sum, where values have other weights */
-            if (EIGHT && k.v_scaled) {
+            bool scaled = of_tokens(fresh(k.a).p.v_scale);
+            if (scaled) {
                 Sums scale[SUBTILES];
                 k.read_scales(fresh(k.a).p.v_scale, step, scale);
                 RF_UNROLL
@@ -370,7 +374,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             for (int s = 0; s < SUBTILES; s++) RF_UNROLL
             for (int i = 0; i < PER; i++) {
                 x[s].x[i] = exp2(x[s].x[i] - base);
-                l += EIGHT && k.v_scaled ? exp2(seen[s].x[i] - base) : x[s].x[i];
+                l += scaled ? exp2(seen[s].x[i] - base) : x[s].x[i];
             }
         }
 
@@ -624,7 +628,6 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         capped = p.softcap > 0;
         factor = capped ? p.scale / p.softcap : p.scale * LOG2E;
         if constexpr (EIGHT) {
-            k_scaled = of_tokens(p.k_scale), v_scaled = of_tokens(p.v_scale);
             factor *= UNIT<DTYPE> * of_head(p.k_scale);
         }
         biased = p.alibi_slopes != nullptr;
