@@ -196,7 +196,7 @@ MUTATIONS = [
         "sum of probabilities weighed by the values' scales",
         "matrix",
         "matrix.hip",
-        "EIGHT && k.v_scaled ? exp2(seen[s].x[i] - base) : x[s].x[i]",
+        "scaled ? exp2(seen[s].x[i] - base) : x[s].x[i]",
         "x[s].x[i]",
     ),
     (
