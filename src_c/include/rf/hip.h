@@ -56,7 +56,7 @@ typedef struct rf_attention_launch {
     int32_t split_rows;                  /* rows that a split sequence has at most */
     int32_t max_splits;                  /* of a tile's context; 1: the output is written at once */
     int32_t part_tokens; /* context tokens a split at least, unless max_splits bounds it */
-    int32_t one_tile;    /* 1: grid x is the sequence, none has more rows than a tile */
+    int32_t one_tile;    /* 1: the tile is the sequence, none has more rows than one */
     int32_t mask_width;  /* columns of the mask: new tokens past them are hidden */
 } rf_attention_launch;
 static_assert(sizeof(rf_attention_launch) == 432, "rf_attention_launch is shared with device code");
