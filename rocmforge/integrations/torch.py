@@ -23,7 +23,8 @@ except ModuleNotFoundError as _error:
         f"rocmforge.integrations.torch needs PyTorch: pip install 'rocmforge[torch]' ({_error})",
         name=_error.name,
     ) from _error
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_compiling
 
 from rocmforge import ops
 
@@ -68,15 +69,15 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 
 def _call(
     function: Callable[..., Any],
-    tensors: Sequence[Tensor],
+    one: Tensor | None,
     arguments: Sequence[Any],
     options: dict[str, Any],
 ) -> Any:
-    """Call a function of `rocmforge.ops` on PyTorch's stream, and give tensors back."""
-    if not tensors or not tensors[0].is_cuda:
+    """Call a function of `rocmforge.ops` where its tensors are, and give tensors back."""
+    if one is None or not one.is_cuda:
         return function(*arguments, **options)
     if options.get("stream") is None:
-        options["stream"] = stream_of(tensors[0])
+        options["stream"] = stream_of(one)
     return _as_tensors(function(*arguments, **options))
 
 
@@ -88,18 +89,35 @@ def _as_tensors(result: Any) -> Any:
     return result if known else torch.from_dlpack(result)
 
 
-def _refuse_gradients(
-    tensors: Iterable[Tensor],
-    names: Sequence[str],
-    arguments: Iterable[Any],
-    options: Mapping[str, Any],
+def _look_at(
+    names: Sequence[str], arguments: Sequence[Any], options: Mapping[str, Any]
+) -> tuple[Tensor | None, bool]:
+    """A tensor among a call's arguments, and whether all are no more than their memory.
+
+    Raises for one that requires a gradient. Each call pays for this: plain tensors, which most
+    arguments are, in as little Python as there can be.
+    """
+    recorded = is_grad_enabled()
+    one: Tensor | None = None
+    others: list[Tensor] = []
+    for value in (*arguments, *options.values()):
+        if type(value) is Tensor:
+            if recorded and value.requires_grad:
+                _refuse_gradient(value, names, arguments, options)
+            one = value
+        elif isinstance(value, (Tensor, list, tuple)):
+            others += _tensors((value,))
+    if not others:
+        return one, True
+    for tensor in others:
+        if recorded and tensor.requires_grad:
+            _refuse_gradient(tensor, names, arguments, options)
+    return others[0], _PLAIN.issuperset(map(type, others))
+
+
+def _refuse_gradient(
+    tensor: Tensor, names: Sequence[str], arguments: Iterable[Any], options: Mapping[str, Any]
 ) -> None:
-    """Raise for the first argument that requires a gradient."""
-    for tensor in tensors:
-        if tensor.requires_grad:
-            break
-    else:
-        return
     given = {**dict(zip(names, arguments, strict=False)), **options}
     name = next(key for key, x in given.items() if any(t is tensor for t in _tensors([x])))
     raise RuntimeError(
@@ -116,12 +134,10 @@ def _operation(direct: Callable[..., Any]) -> Callable[[Callable[P, R]], Callabl
 
         @functools.wraps(in_graph)
         def call(*arguments: P.args, **options: P.kwargs) -> R:
-            tensors = _tensors((*arguments, *options.values()))
-            if torch.is_grad_enabled():
-                _refuse_gradients(tensors, names, arguments, options)
-            if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, tensors)):
+            one, plain = _look_at(names, arguments, options)
+            if is_compiling() or not plain:
                 return in_graph(*arguments, **options)
-            result: R = _call(direct, tensors, arguments, options)
+            result: R = _call(direct, one, arguments, options)
             return result
 
         return call
@@ -367,13 +383,11 @@ def _define(schema: str, function: Callable[..., Any], fake: Callable[..., Any])
     """One implementation for all devices: the tensors say where they are."""
 
     def run(*arguments: Any, **options: Any) -> Any:
-        tensors = _tensors((*arguments, *options.values()))
-        if torch.is_grad_enabled():
-            _refuse_gradients(tensors, names, arguments, options)
-        if not _PLAIN.issuperset(map(type, tensors)):
+        one, plain = _look_at(names, arguments, options)
+        if not plain:
             arguments = tuple(map(_plain, arguments))
             options = {key: _plain(value) for key, value in options.items()}
-        return _call(function, tensors, arguments, options)
+        return _call(function, one, arguments, options)
 
     name = schema.partition("(")[0]
     _library.define(schema)

@@ -55,24 +55,21 @@ cdef object _index = __import__("operator").index
 
 # ---------------------------------------------------------------- arrays in and out
 
+# NumPy's types by DLPack's code and bits; what is not here, no argument can have.
+cdef dict _OF_DLPACK = {code << 8 | bits: np.dtype(kind) for code, bits, kind in (
+    (RF_DL_FLOAT, 32, np.float32), (RF_DL_FLOAT, 16, np.float16),
+    (RF_DL_BFLOAT, 16, ml_dtypes.bfloat16), (RF_DL_E4M3FN, 8, ml_dtypes.float8_e4m3fn),
+    (RF_DL_E4M3FNUZ, 8, ml_dtypes.float8_e4m3fnuz), (RF_DL_INT, 8, np.int8),
+    (RF_DL_INT, 32, np.int32), (RF_DL_INT, 64, np.int64), (RF_DL_UINT, 8, np.uint8),
+    (RF_DL_BOOL, 8, np.uint8))}
+
+
 cdef cnp.dtype _dlpack_dtype(const rf_dl_tensor *t, str name):
-    if t.lanes == 1:
-        if t.code == RF_DL_FLOAT and t.bits == 32:
-            return _DTYPES[RF_F32]
-        if t.code == RF_DL_FLOAT and t.bits == 16:
-            return _DTYPES[RF_F16]
-        if t.code == RF_DL_BFLOAT and t.bits == 16:
-            return _DTYPES[RF_BF16]
-        if t.code == RF_DL_E4M3FN and t.bits == 8:
-            return _DTYPES[RF_E4M3FN]
-        if t.code == RF_DL_E4M3FNUZ and t.bits == 8:
-            return _DTYPES[RF_E4M3FNUZ]
-        if t.code == RF_DL_INT and t.bits in (8, 32, 64):
-            return np.dtype(f"i{t.bits // 8}")
-        if t.code in (RF_DL_UINT, RF_DL_BOOL) and t.bits == 8:
-            return np.dtype(np.uint8)
-    raise ValueError(f"{name} has a type that no argument can have: DLPack type code {t.code} with "
-                     f"{t.bits} bits and {t.lanes} lanes")
+    cdef object descr = _OF_DLPACK.get(<int>t.code << 8 | t.bits)
+    if descr is None or t.lanes != 1:
+        raise ValueError(f"{name} has a type that no argument can have: DLPack type code {t.code} "
+                         f"with {t.bits} bits and {t.lanes} lanes")
+    return descr
 
 
 # The tables of functions of the types that have one, as addresses, by type. There are few such
@@ -182,8 +179,7 @@ cdef cnp.ndarray tensor_array(const rf_dl_tensor *t, str name, int flags, object
 
 cdef int dlpack_type(cnp.dtype descr, rf_dl_tensor *t) except -1:
     """Sets the type of a DLPack tensor to one of NumPy's."""
-    cdef int dtype = _code_of(descr.num)
-    kind = (<object>descr).kind
+    cdef int dtype = _code_of(descr.type_num)
     t.lanes = 1
     t.bits = <uint8_t>(8 * descr.itemsize)
     if dtype == RF_BF16:
@@ -192,8 +188,14 @@ cdef int dlpack_type(cnp.dtype descr, rf_dl_tensor *t) except -1:
         t.code = RF_DL_E4M3FN
     elif dtype == RF_E4M3FNUZ:
         t.code = RF_DL_E4M3FNUZ
-    elif kind in "iufb":
-        t.code = {"i": RF_DL_INT, "u": RF_DL_UINT, "f": RF_DL_FLOAT, "b": RF_DL_BOOL}[kind]
+    elif descr.kind == c"f":
+        t.code = RF_DL_FLOAT
+    elif descr.kind == c"i":
+        t.code = RF_DL_INT
+    elif descr.kind == c"u":
+        t.code = RF_DL_UINT
+    elif descr.kind == c"b":
+        t.code = RF_DL_BOOL
     else:
         raise ValueError(f"DLPack has no type for {descr}")
     return 0
