@@ -14,7 +14,9 @@ from transformers_cases import (  # noqa: E402
     CACHE,
     MODELS,
     SMALL,
+    assert_assisted,
     assert_paged,
+    draft_of,
     generate,
     model_of,
     ours,
@@ -48,9 +50,10 @@ def cache_of(model, num_blocks=128, **options):
 
 
 @pytest.mark.parametrize("length", [5, 30])
-def test_left_padded_rows(model, length):
-    """Prompts shorter and longer than the window."""
-    inputs = prompts(2, length, padding=(0, 3))
+@pytest.mark.parametrize("padding", [(0,), (0, 3), (0, 3, 1, 0, 2, 4, 1, 3)], ids=len)
+def test_left_padded_rows(model, length, padding):
+    """One prompt, two and eight, shorter and longer than the window."""
+    inputs = prompts(len(padding), length, padding)
     want = generate(model, inputs)
     cache = cache_of(model)
     got, calls = ours(model, lambda: generate(model, inputs, cache))
@@ -79,6 +82,7 @@ def test_logits(model):
                     **{CACHE: cache},
                 )
                 parts.append(part.logits)
+            assert_paged(cache)
             return torch.cat(parts, dim=1)
 
         positions = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
@@ -92,39 +96,18 @@ def test_beams(model):
     options = {"num_beams": 3, "number": 10}
     want = generate(model, inputs, **options)
     cache = cache_of(model)
-    got, _ = ours(model, lambda: generate(model, inputs, cache, **options))
+    got, calls = ours(model, lambda: generate(model, inputs, cache, **options))
     assert torch.equal(got, want)
+    assert calls == 3 * 10
     assert_paged(cache)
 
 
-@pytest.mark.parametrize("model", ["llama", "gemma2", "gpt_oss"], indirect=True)
 def test_assisted_decoding_takes_drafts_back(model):
     """The drafts are of a model that often errs."""
-    inputs = prompts(1, 11)
-    draft = copy.deepcopy(model)
+    draft = draft_of(model)
     for parameter in draft.parameters():
         parameter.data += 0.03 * torch.randn_like(parameter)
-    draft.generation_config.num_assistant_tokens = 4
-    draft.generation_config.assistant_confidence_threshold = 0
-    want = generate(model, inputs, number=20)
-    cache = cache_of(model, block_size=8)
-    removed = []
-    crop = cache.crop
-
-    def counted(number):
-        removed.append(-number)
-        crop(number)
-
-    cache.crop = counted
-    model.set_attn_implementation("rocmforge")  # and not the draft, so that no other can raise
-    try:
-        got = generate(model, inputs, cache, 20, assistant_model=draft)
-    finally:
-        model.set_attn_implementation("eager")
-    assert torch.equal(got, want)
-    assert sum(removed) > 0
-    del cache.crop
-    assert_paged(cache)
+    assert_assisted(model, draft, prompts(1, 11), cache_of(model, block_size=8), 20)
 
 
 def test_several_calls_on_one_cache(model):
@@ -144,6 +127,7 @@ def test_several_calls_on_one_cache(model):
     assert torch.equal(got[0], whole)
     assert torch.equal(got[1], want)
     assert calls == 3 * 12
+    assert_paged(cache)
     cache.reset()
     assert cache.kv_cache.num_free_blocks == cache.kv_cache.num_blocks
     got, _ = ours(model, lambda: generate(model, first, cache, number=6))
@@ -170,10 +154,13 @@ def test_a_prefix_is_computed_once(model):
             results.append(generate(model, each, cache))
         return results
 
-    got, _ = ours(model, run)
+    got, calls = ours(model, run)
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
     assert found == [0, 24]
+    assert calls == 3 * 2 * 12
+    for cache in others:
+        assert_paged(cache)
     assert first.new().start(inputs[0]["input_ids"], salt="another tenant") == 0
 
 
@@ -453,6 +440,7 @@ def test_continuous_batching_refuses_the_name(llama):
 
 
 def test_one_version_is_known(monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", "4.57.0")
+    name = "rocmforge.integrations.transformers.transformers.__version__"
+    monkeypatch.setattr(name, "4.57.0")  # of the module that is asked: tests may load it again
     with pytest.raises(ImportError, match=r"needs Transformers 5, 4\.57\.0 is installed"):
         register()

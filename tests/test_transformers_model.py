@@ -3,8 +3,6 @@
 Skipped where the demo's weights were never fetched: this downloads nothing.
 """
 
-import copy
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -13,7 +11,7 @@ pytest.importorskip("gguf")
 
 from rocmforge.cli.model_files import SMOLLM2, cache_folder  # noqa: E402
 from rocmforge.integrations.transformers import PagedCache  # noqa: E402
-from transformers_cases import assert_paged, generate, ours  # noqa: E402
+from transformers_cases import assert_assisted, assert_paged, draft_of, generate, ours  # noqa: E402
 
 FOLDER = cache_folder()
 pytestmark = [
@@ -71,6 +69,7 @@ def test_the_same_tokens(model, tokenizer, rows, number, options):
     got, calls = ours(model, lambda: generate(model, inputs, cache, number, **options))
     assert torch.equal(got, want)
     if "prompt_lookup_num_tokens" in options:
+        assert calls % 30 == 0
         assert calls < 30 * number  # some drafts were right
     else:
         assert calls == 30 * number
@@ -79,30 +78,11 @@ def test_the_same_tokens(model, tokenizer, rows, number, options):
 
 def test_assisted_decoding(model, tokenizer):
     """A model of the first layers drafts, and often errs."""
-    draft = copy.deepcopy(model)
+    draft = draft_of(model)
     draft.model.layers = draft.model.layers[:28]
     draft.config.num_hidden_layers = 28
-    draft.generation_config.num_assistant_tokens = 4
-    draft.generation_config.assistant_confidence_threshold = 0
     inputs = tokenizer(PROMPTS[:1], return_tensors="pt")
-    want = generate(model, inputs, number=20)
-    cache, removed = cache_of(model), []
-    crop = cache.crop
-
-    def counted(number):
-        removed.append(-number)
-        crop(number)
-
-    cache.crop = counted
-    model.set_attn_implementation("rocmforge")
-    try:
-        got = generate(model, inputs, cache, 20, assistant_model=draft)
-    finally:
-        model.set_attn_implementation("sdpa")
-    assert torch.equal(got, want)
-    assert sum(removed) > 0
-    del cache.crop
-    assert_paged(cache)
+    assert_assisted(model, draft, inputs, cache_of(model), 20)
 
 
 def test_several_calls_and_a_shared_prefix(model, tokenizer):
@@ -126,4 +106,5 @@ def test_several_calls_and_a_shared_prefix(model, tokenizer):
         assert torch.equal(a, b)
     assert found == [0, 16]  # the system prompt has 17 tokens: one block
     assert calls == 30 * 3 * 8
-    assert_paged(first)
+    for cache in (first, second):
+        assert_paged(cache)

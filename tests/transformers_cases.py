@@ -1,5 +1,6 @@
 """Small models of several architectures, and what the tests of Transformers have in common."""
 
+import copy
 import gc
 import importlib
 import inspect
@@ -7,8 +8,9 @@ import inspect
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.generation import GenerationMixin
+from transformers.masking_utils import eager_mask
 
 from rocmforge import ops
 from rocmforge.integrations.transformers import register
@@ -58,6 +60,8 @@ MODELS = {
     "qwen3": (transformers.Qwen3Config, {}),
 }
 _models = {}
+_code = [importlib.import_module(f"transformers.models.{name}.modeling_{name}") for name in MODELS]
+_eager = {module.__name__: module.eager_attention_forward for module in _code}
 
 
 def model_of(name):
@@ -89,14 +93,25 @@ class Calls:
 
         monkeypatch.setattr(ops, "paged_attention", counted)
         monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", raising)
-        for module in MODELS:
-            code = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
-            monkeypatch.setattr(code, "eager_attention_forward", raising)
+        for module in _code:
+            monkeypatch.setattr(module, "eager_attention_forward", raising)
 
 
 def ours(model, function):
-    """Run a function with our attention, and no other, in the model: its result and the calls."""
+    """Run a function with our attention, and no other, in the model: its result and the calls.
+
+    Each forward pass of the model that ends must have called it once for each layer.
+    """
     before = model.config._attn_implementation
+    begun = []
+
+    def check(*_):
+        assert calls.number - begun[-1] == model.config.num_hidden_layers
+
+    hooks = [
+        model.register_forward_pre_hook(lambda *_: begun.append(calls.number)),
+        model.register_forward_hook(check),
+    ]
     model.set_attn_implementation("rocmforge")
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -104,6 +119,45 @@ def ours(model, function):
             return function(), calls.number
     finally:
         model.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+
+
+AttentionInterface.register(
+    "draft",
+    lambda module, *args, **kwargs: _eager[type(module).__module__](module, *args, **kwargs),
+)
+AttentionMaskInterface.register("draft", eager_mask)
+
+
+def draft_of(model):
+    """A copy of a model to draft with, whose attention is its own: `ours` stops the model's."""
+    draft = copy.deepcopy(model)
+    draft.set_attn_implementation("draft")
+    draft.generation_config.num_assistant_tokens = 4
+    draft.generation_config.assistant_confidence_threshold = 0
+    return draft
+
+
+def assert_assisted(model, draft, inputs, cache, number):
+    """The same tokens with drafts, of which some are right, so that steps are few, and some not."""
+    want = generate(model, inputs, number=number)
+    removed = []
+    crop = cache.crop
+
+    def counted(tokens):
+        removed.append(-tokens)
+        crop(tokens)
+
+    cache.crop = counted
+    got, calls = ours(model, lambda: generate(model, inputs, cache, number, assistant_model=draft))
+    del cache.crop
+    assert torch.equal(got, want)
+    assert sum(removed) > 0
+    layers, drafts = model.config.num_hidden_layers, draft.generation_config.num_assistant_tokens
+    assert calls % layers == 0
+    assert number <= calls // layers * (1 + drafts) < number * (1 + drafts)
+    assert_paged(cache)
 
 
 def generate(model, inputs, cache=None, number=12, **options):
