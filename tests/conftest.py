@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 tree = Path(__file__).resolve().parent.parent
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != tree]
 
+import rocmforge.kv_cache  # noqa: E402
 from rocmforge.ops import _cpu, get_num_threads, set_num_threads  # noqa: E402
 
 # Chosen by --hypothesis-profile; no deadlines, as a machine's load must not fail a test.
@@ -50,3 +51,21 @@ def pools_in_host_memory(request):
         if request.path.parent.name != "device":
             patch.setattr("rocmforge.hip.default_device", lambda: (None, "the tests say so"))
         yield
+
+
+@pytest.fixture
+def prefixes(monkeypatch):
+    """How many blocks were read once for all sequences, of each `attend` that did so.
+
+    Also where they hold less than pays.
+    """
+    calls = []
+    original = rocmforge.kv_cache.attend_with_prefix
+
+    def counted(prefix, *args, **kwargs):
+        calls.append(prefix.num_blocks)
+        return original(prefix, *args, **kwargs)
+
+    monkeypatch.setattr("rocmforge.prefix_attention.MIN_TOKENS", 32)
+    monkeypatch.setattr("rocmforge.kv_cache.attend_with_prefix", counted)
+    return calls

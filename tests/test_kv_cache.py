@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 
-import rocmforge.kv_cache
-import rocmforge.prefix_attention
 from ops_cases import (
     BFLOAT16,
     DTYPES,
@@ -367,18 +365,8 @@ def test_pools_begin_with_a_cache_line():
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT8], ids=str)
-def test_common_prefix(dtype, monkeypatch):
+def test_common_prefix(dtype, prefixes):
     """Six sequences from one prompt: read once if that is allowed, with the same result."""
-    calls = []
-    monkeypatch.setattr(rocmforge.prefix_attention, "MIN_TOKENS", 256)
-    original = rocmforge.kv_cache.attend_with_prefix
-    monkeypatch.setattr(
-        rocmforge.kv_cache,
-        "attend_with_prefix",
-        lambda prefix, *args, **kwargs: (
-            calls.append(prefix.num_blocks) or original(prefix, *args, **kwargs)
-        ),
-    )
     model = Model(
         KVCache(**ONE | {"num_blocks": 300}, dtype=dtype), BFLOAT16 if dtype == FLOAT8 else None
     )
@@ -389,18 +377,17 @@ def test_common_prefix(dtype, monkeypatch):
     sinks = np.array([1, -1, 0, 2], np.float32)
     options = {"softcap": 4.0, "sinks": sinks}
     model.step(dict.fromkeys(range(6), 1), **options)
-    assert not calls
+    assert not prefixes
     model.step(dict.fromkeys(range(6), 1), deterministic=False, **options)
     model.step({i: i + 1 for i in range(6)}, deterministic=False, **options)
-    assert calls == [75] * 4  # 300 tokens in 75 blocks, twice in two layers
+    assert prefixes == [75] * 4  # 300 tokens in 75 blocks, twice in two layers
     slopes = np.ones(4, np.float32)
     model.step(dict.fromkeys(range(6), 1), deterministic=False, alibi_slopes=slopes)
     model.step({0: 1}, deterministic=False)
-    assert len(calls) == 4
+    assert len(prefixes) == 4
 
 
-def test_a_common_prefix_leaves_out_windows(monkeypatch):
-    monkeypatch.setattr(rocmforge.prefix_attention, "MIN_TOKENS", 256)
+def test_a_common_prefix_leaves_out_windows(prefixes):
     groups = [LayerGroup(300, window=300, layers=[0, 1])]
     model = Model(
         KVCache(2, num_kv_heads=2, head_dim=16, block_size=4, dtype="float32", groups=groups)
@@ -410,11 +397,11 @@ def test_a_common_prefix_leaves_out_windows(monkeypatch):
     for i in range(1, 6):
         model.add(i, parent=0)
     model.step(dict.fromkeys(range(6), 1), deterministic=False)
+    assert not prefixes
 
 
-def test_out_and_bits_by_default(monkeypatch):
+def test_out_and_bits_by_default(prefixes):
     """A sequence's result is the same bits, alone and in a batch with a common prefix."""
-    monkeypatch.setattr(rocmforge.prefix_attention, "MIN_TOKENS", 256)
     cache = KVCache(**ONE | {"num_blocks": 300}, dtype="float32")
     model = Model(cache)
     model.add(0)
@@ -432,8 +419,10 @@ def test_out_and_bits_by_default(monkeypatch):
         np.testing.assert_array_equal(bits(row), bits(out[0]))
     alone = cache.attend(0, query, batch)
     np.testing.assert_array_equal(bits(alone), bits(out))
+    assert not prefixes
     result = cache.attend(0, query, batch, out, deterministic=False)
     assert result is out
+    assert prefixes == [75]
     np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-6)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -425,32 +425,23 @@ def test_bad_places_change_nothing(change: dict[str, Any]) -> None:
 def test_threads_that_suspend_and_resume() -> None:
     """Each with sequences of its own, on one cache that runs out of blocks now and then."""
     cache = small_cache(1, num_layers=2, block_size=4, num_blocks=60, dtype="float32")
-    failures: list[BaseException] = []
 
     def work(number: int) -> None:
-        try:
-            traffic = CacheTraffic(cache, number, first_id=number * 10**6, max_alive=4)
-            traffic.WEIGHTS = Traffic.WEIGHTS | {"reset": 0, "pin": 0, "unpin": 0}  # type: ignore[misc]
-            for _ in range(40):
-                traffic.run(8)
-                if not traffic.alive:
-                    continue
-                sequence = traffic.pick()
-                buffer = cache.suspend(sequence)
-                try:
-                    cache.resume(sequence, buffer)
-                except OutOfBlocksError:
-                    traffic.alive.remove(sequence)
-                traffic.check()
-        except BaseException as error:
-            failures.append(error)
-            raise
+        traffic = CacheTraffic(cache, number, first_id=number * 10**6, max_alive=4)
+        traffic.WEIGHTS = Traffic.WEIGHTS | {"reset": 0, "pin": 0, "unpin": 0}  # type: ignore[misc]
+        for _ in range(40):
+            traffic.run(8)
+            if not traffic.alive:
+                continue
+            sequence = traffic.pick()
+            buffer = cache.suspend(sequence)
+            try:
+                cache.resume(sequence, buffer)
+            except OutOfBlocksError:
+                traffic.alive.remove(sequence)
+            traffic.check()
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(1, 5)))
     cache.check_integrity()
     assert isinstance(cache, KVCacheManager)

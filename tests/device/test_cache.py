@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-import rocmforge.kv_cache
-import rocmforge.prefix_attention
 from rocmforge import KVCache, LayerGroup, hip
 from rocmforge.errors import DeviceError
 
@@ -193,22 +191,6 @@ def test_addresses_stay_for_graphs(device, rng):
             gpu.commit(batches[1])
         graph.launch(stream)
         np.testing.assert_allclose(out.numpy(stream), want, atol=2e-6, rtol=2e-6)
-
-
-@pytest.fixture
-def prefixes(monkeypatch):
-    """How many blocks were read once for all sequences, of each `attend` that did so."""
-    calls = []
-    monkeypatch.setattr(rocmforge.prefix_attention, "MIN_TOKENS", 32)
-    original = rocmforge.kv_cache.attend_with_prefix
-    monkeypatch.setattr(
-        rocmforge.kv_cache,
-        "attend_with_prefix",
-        lambda prefix, *args, **kwargs: (
-            calls.append(prefix.num_blocks) or original(prefix, *args, **kwargs)
-        ),
-    )
-    return calls
 
 
 def sharing(device, rng, **kwargs):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import pickle
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
@@ -270,38 +270,29 @@ def test_several_threads(device):
     """Threads that suspend, resume, read and save, on one device cache."""
     cache = small_cache(1, num_layers=2, block_size=4, num_blocks=80, dtype="float32",
                         device=str(device))  # fmt: skip
-    failures: list[BaseException] = []
 
     def work(number: int) -> None:
-        try:
-            tokens = [number] * 13
-            rows = None
-            for turn in range(6):
-                cache.add_sequence(number, tokens)
-                count = len(tokens) - cache.seq_len(number)
-                batch = cache.append([number], count)
-                key = np.full((count, cache.num_kv_heads, 8), 100 * number + turn, np.float32)
-                for layer in range(2):
-                    cache.write(layer, key, -key, batch)
-                buffer = cache.suspend(number)
-                cache.reset_prefix_cache()
-                cache.resume(number, buffer)
-                again = cache.read_blocks(cache.page_table.block_ids(number)[:3])
-                np.testing.assert_array_equal(again, buffer.data[0][:3])
-                assert rows is None or (rows != again).any()
-                rows = again
-                cache.free(number)
-                cache.reset_prefix_cache()
-        except BaseException as error:
-            failures.append(error)
-            raise
+        tokens = [number] * 13
+        rows = None
+        for turn in range(6):
+            cache.add_sequence(number, tokens)
+            count = len(tokens) - cache.seq_len(number)
+            batch = cache.append([number], count)
+            key = np.full((count, cache.num_kv_heads, 8), 100 * number + turn, np.float32)
+            for layer in range(2):
+                cache.write(layer, key, -key, batch)
+            buffer = cache.suspend(number)
+            cache.reset_prefix_cache()
+            cache.resume(number, buffer)
+            again = cache.read_blocks(cache.page_table.block_ids(number)[:3])
+            np.testing.assert_array_equal(again, buffer.data[0][:3])
+            assert rows is None or (rows != again).any()
+            rows = again
+            cache.free(number)
+            cache.reset_prefix_cache()
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 5)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failures
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(1, 5)))
     cache.check_integrity()
 
 
