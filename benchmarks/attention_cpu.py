@@ -7,7 +7,8 @@ memory than the caches hold, in random order of blocks. Bare reads of the same b
 reads from end to end ("sequential") and the peers are timed in turn with ours, because a shared
 machine's bandwidth changes from second to second; every number is the median of its turns, and of
 the ways to read the fastest counts. Peers are optional: PyTorch, which gathers the blocks and calls
-scaled_dot_product_attention, and vLLM's CPU attention.
+scaled_dot_product_attention, vLLM's CPU attention and write, and OpenVINO's PagedAttention (blocks
+of 32, HND, float32 and bfloat16).
 """
 
 import argparse
@@ -34,6 +35,8 @@ Run = Callable[[np.ndarray], object]
 TOLERANCE = {"float32": 2e-5, "float16": 1.1e-3, "bfloat16": 1.2e-2}
 EIGHT_BIT = ("int8", "float8_e4m3fn", "float8_e4m3fnuz")
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+PEERS = ("torch", "vllm", "openvino")
+PEER_COLUMNS = [f"{peer} ms" for peer in PEERS]
 
 
 class Pool:
@@ -198,12 +201,11 @@ def decode(args: argparse.Namespace, probe: Probe, memory: Memory) -> None:
                         probe.sequential(memory.take(p.nbytes), n, h)
                     )
                 if not args.no_peers:
-                    runs |= _peers.attention_peers(problem)
+                    runs |= _peers.attention_peers(problem, threads)
                 repeats = max(3, min(args.repeats, int(args.repeats * 3e8 / problem.nbytes)))
                 seconds = in_turn(problem, runs, repeats + 1)
                 ours, paged, sequential, *peers = (
-                    best_of(seconds, kind)
-                    for kind in ("ours", "paged", "sequential", "torch", "vllm")
+                    best_of(seconds, kind) for kind in ("ours", "paged", "sequential", *PEERS)
                 )
                 name = f"decode {batch} x {context}"
                 if queries > 1:
@@ -215,8 +217,8 @@ def decode(args: argparse.Namespace, probe: Probe, memory: Memory) -> None:
                     + [milliseconds(peer) for peer in peers]
                 )
         print(f"\nDecode, block {block_size}, {layout}, cold caches; GB/s of keys and values")
-        header = "problem dtype threads ms GB/s paged sequential of_paged of_seq. torch_ms vllm_ms"
-        print_table([word.replace("_", " ") for word in header.split()], rows)
+        header = "problem dtype threads ms GB/s paged sequential of_paged of_seq."
+        print_table([word.replace("_", " ") for word in header.split()] + PEER_COLUMNS, rows)
 
 
 def ragged(args: argparse.Namespace) -> None:
@@ -264,18 +266,18 @@ def prefill(args: argparse.Namespace, probe: Probe) -> None:
 
             runs: dict[str, Run] = {"ours": problem.ours, "peak": peak}
             if not args.no_peers:
-                runs |= _peers.attention_peers(problem)
+                runs |= _peers.attention_peers(problem, threads)
             seconds = in_turn(problem, runs, max(2, args.repeats // 3) + 1)
             ours = seconds["ours"]
             rates = [f"{problem.flops / s / 1e9:.0f}" for s in (ours, seconds["peak"])]
             rows.append(
                 [f"prefill {batch} x {new} over {cached}", dtype, threads, milliseconds(ours)]
                 + [*rates, f"{seconds['peak'] / ours:.2f}", "dot" if dots else "FMA"]
-                + [milliseconds(best_of(seconds, peer)) for peer in ("torch", "vllm")]
+                + [milliseconds(best_of(seconds, peer)) for peer in PEERS]
             )
     print("\nPrefill; peak of float32 multiply-adds (FMA) or bfloat16 dot products (dot)")
-    header = "problem dtype threads ms GFLOP/s peak of_peak kind torch_ms vllm_ms"
-    print_table([word.replace("_", " ") for word in header.split()], rows)
+    header = "problem dtype threads ms GFLOP/s peak of_peak kind"
+    print_table([word.replace("_", " ") for word in header.split()] + PEER_COLUMNS, rows)
 
 
 def write(args: argparse.Namespace, probe: Probe) -> None:
@@ -299,18 +301,26 @@ def write(args: argparse.Namespace, probe: Probe) -> None:
 
         check_write(pool, new, slots())
         nbytes = 2 * new[0].nbytes
+        writes: dict[str, Run] = {
+            "ours": lambda s, n=new: write_kv(*n, *pool.caches, s, layout=pool.layout)
+        }
+        if not args.no_peers:
+            writes |= _peers.write_peers(pool, new)
         for threads in args.threads:
             set_num_threads(threads)
+            _peers.set_num_threads(threads)
             if tokens < 2048:  # hot
                 same = slots()
-                ours = median_seconds(
-                    lambda n=new, s=same: write_kv(*n, *pool.caches, s, layout=pool.layout),
-                    repeats=args.repeats,
-                    seconds=0.02,
-                )
-                copy = None
+                taken = {
+                    name: median_seconds(
+                        lambda w=write, s=same: w(s), repeats=args.repeats, seconds=0.02
+                    )
+                    for name, write in writes.items()
+                }
             else:  # to blocks and to memory that were not touched for long, in turn
-                ours, copy = write_and_copy(pool, new, slots, probe, memory, threads, args.repeats)
+                source = np.concatenate([x.view(np.uint8).ravel() for x in new])
+                taken = write_and_copy(writes, source, slots, probe, memory, threads, args.repeats)
+            ours, copy = taken["ours"], taken.get("copy")
             rows.append(
                 [
                     f"write {tokens}",
@@ -319,10 +329,11 @@ def write(args: argparse.Namespace, probe: Probe) -> None:
                     f"{ours * 1e6:.1f}",
                     f"{nbytes / ours / 1e9:.1f}",
                     f"{copy / ours:.2f}" if copy else "-",
+                    f"{taken['vllm'] * 1e6:.1f}" if "vllm" in taken else "-",
                 ]
             )
     print("\nwrite_kv from Python; copy is the best of memcpy and streaming stores")
-    print_table(["problem", "dtype", "threads", "us", "GB/s", "of copy"], rows)
+    print_table(["problem", "dtype", "threads", "us", "GB/s", "of copy", "vllm us"], rows)
 
 
 def check_write(pool: Pool, new: list[np.ndarray], slots: np.ndarray) -> None:
@@ -346,33 +357,33 @@ def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
 
 
 def write_and_copy(
-    pool: Pool,
-    new: list[np.ndarray],
+    writes: dict[str, Run],
+    source: np.ndarray,
     slots: Callable[[], np.ndarray],
     probe: Probe,
     memory: Memory,
     threads: int,
     repeats: int,
-) -> tuple[float, float]:
-    """Median seconds of a write and of a copy of as many bytes.
+) -> dict[str, float]:
+    """Median seconds of each write and of a copy of as many bytes.
 
     Of each the better of two runs one after the other, the second of which finds its source in the
     cache, as what a layer has just computed is.
     """
-    source = np.concatenate([x.view(np.uint8).ravel() for x in new])
-    taken: tuple[list[float], list[float]] = ([], [])
+    taken: dict[str, list[float]] = {name: [] for name in [*writes, "copy"]}
     for _ in range(repeats + 1):
-        seconds = []
-        time.sleep(0.01)  # until the threads of who came before have stopped polling
-        for some in (slots(), slots()):
-            start = time.perf_counter()
-            write_kv(*new, *pool.caches, some, layout=pool.layout)
-            seconds.append(time.perf_counter() - start)
-        taken[0].append(min(seconds))
+        for name, write in writes.items():
+            seconds = []
+            time.sleep(0.01)  # until the threads of who came before have stopped polling
+            for some in (slots(), slots()):
+                start = time.perf_counter()
+                write(some)
+                seconds.append(time.perf_counter() - start)
+            taken[name].append(min(seconds))
         time.sleep(0.01)
-        taken[1].append(source.nbytes / probe.copy(source, memory.take(source.nbytes), threads))
-    ours, copy = (statistics.median(times[1:]) for times in taken)
-    return ours, copy
+        rate = probe.copy(source, memory.take(source.nbytes), threads)
+        taken["copy"].append(source.nbytes / rate)
+    return {name: statistics.median(times[1:]) for name, times in taken.items()}
 
 
 def calls(args: argparse.Namespace) -> None:
