@@ -186,7 +186,7 @@ def test_the_last_workgroup_merges_as_a_second_kernel_does(device, merge_by_last
     """Bit for bit, with any number of splits after any other; a tile of one, two and more waves."""
     shape = {"heads": (10, 2), "head_dim": head_dim}
     problem = make(FLOAT32, [300, 64, 65, 1, 0, 150], [1, 3, 1, 1, 0, 7], **shape)
-    for splits in (5, 2, None, 3, 4):
+    for splits in (5, 2, None, 3):
         launch = {"num_splits": splits, "return_lse": True, "sinks": np.ones(10, np.float32)}
         merge_by_last(False)
         want = attend(problem, device, **launch)
@@ -214,7 +214,7 @@ def test_any_workgroup_may_be_the_last(sim, device, merge_by_last):
 
 def test_who_merges(sim, device):
     """The last workgroup on chips of one die, in our memory, where its waves read 16 parts each."""
-    one = device.architecture.startswith("gfx11")
+    one = not device.architecture.startswith(("gfx942", "gfx950"))
 
     def launches(heads, splits, **given):
         moved = on(make(FLOAT32, [1300], heads=heads), device)
