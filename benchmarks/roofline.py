@@ -227,11 +227,15 @@ def cheapest_way(
 
 
 def inner_loop(code: dict[int, Instruction], nbytes: int) -> list[Instruction]:
-    """The cheapest way around a loop that loads so many bytes a lane."""
+    """The cheapest way around a loop that loads so many bytes a lane.
+
+    What follows the workgroup's arrival, by an atomic instruction, merges splits.
+    """
+    arrival = next((at for at, i in code.items() if "_atomic_" in i.name), sys.maxsize)
     ways = (
         cheapest_way(code, i.target, at, "load", nbytes)
         for at, i in code.items()
-        if i.target and i.target <= at
+        if i.target and i.target <= at and i.target < arrival
     )
     return min(filter(None, ways), key=len, default=[])
 

@@ -37,7 +37,7 @@ FAMILIES = {
     "merge": {"merge_states"},
     "copy": {"copy_blocks", "table_delta"},
 }
-ARGUMENTS = {"attention": 432, "matrix": 432, "write": 272, "merge": 136}
+ARGUMENTS = {"attention": 440, "matrix": 440, "write": 272, "merge": 136}
 
 
 @pytest.fixture(scope="module")

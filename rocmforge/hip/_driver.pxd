@@ -4,6 +4,7 @@ cdef class Device:
     cdef readonly str architecture
     cdef readonly int wave_size
     cdef readonly int compute_units
+    cdef readonly bint one_die
     cdef dict _modules
     cdef dict _kernels
     cdef dict _workspaces

@@ -12,6 +12,7 @@ from libc.stdint cimport uintptr_t
 
 cimport numpy as cnp
 
+from rocmforge.hip._launch cimport RF_ARRIVALS
 from rocmforge.ops._arrays cimport array_at
 
 import ctypes
@@ -416,6 +417,9 @@ cdef class Device:
     Attributes
     ----------
     index, wave_size, compute_units : int
+    one_die : bool
+        Whether all its compute units share one second-level cache, so that they see what others
+        have written at little cost. MI250's dies are devices of their own.
     name : str
     architecture : str
         With its features, as the runtime names it: ``gfx942:sramecc+:xnack-``.
@@ -434,6 +438,7 @@ cdef class Device:
         self.wave_size = value
         _check(_hip.attribute(&value, _COMPUTE_UNITS, index), "hipDeviceGetAttribute")
         self.compute_units = value
+        self.one_die = self.architecture.startswith(("gfx90a", "gfx10", "gfx11", "gfx12"))
 
     def __repr__(self):
         return f"<Device hip:{self.index} {self.name} {self.architecture}>"
@@ -494,11 +499,15 @@ cdef class Device:
         return <void *><uintptr_t>known
 
     cdef void *workspace(self, void *stream, size_t size) except NULL:
-        """Scratch memory that calls on one stream share, as they run one after the other."""
+        """Scratch memory that calls on one stream share, as they run one after the other.
+
+        It begins with RF_ARRIVALS counters, zero at first, that each call leaves as they were.
+        """
         key = <uintptr_t>stream
         memory = self._workspaces.get(key)
         if memory is None or (<Memory>memory).nbytes < size:
             memory = Memory(self, size)
+            fill_words(self, (<Memory>memory).data, 0, RF_ARRIVALS, stream)
             self._workspaces[key] = memory  # what was there is freed, which waits for the device
         return (<Memory>memory).data
 

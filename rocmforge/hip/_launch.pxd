@@ -8,14 +8,15 @@ from rocmforge.ops._params cimport (
 cdef extern from "rf/hip.h" nogil:
     enum:
         RF_WAVES, RF_SPLIT_ROWS, RF_PART_TOKENS, RF_MAX_SPLITS, RF_SPLIT_STEP, RF_WRITE_LANES
-        RF_MATRIX_ROWS, RF_COPY_POOLS, RF_COPY_PAIRS, RF_TABLE_ENTRIES, RF_HIP_MAX_HEAD_DIM
-        RF_COPY_WITHIN, RF_COPY_GATHER, RF_COPY_SCATTER
+        RF_MATRIX_ROWS, RF_ARRIVALS, RF_COPY_POOLS, RF_COPY_PAIRS, RF_TABLE_ENTRIES
+        RF_HIP_MAX_HEAD_DIM, RF_COPY_WITHIN, RF_COPY_GATHER, RF_COPY_SCATTER
     ctypedef struct rf_divisor:
         uint32_t value
     ctypedef struct rf_attention_launch:
         rf_attention_params p
         float *partial
         float *partial_state
+        uint32_t *arrivals
         rf_divisor block_size
         rf_divisor group
         rf_divisor heads

@@ -8,6 +8,7 @@ from rocmforge.hip._array import DeviceArray
 from rocmforge.hip._driver import _DeviceLike, _Stream
 
 def to_host(x: Any, name: str, stream: _Stream = None) -> npt.NDArray[Any]: ...
+def merge_by_last(last: bool | None) -> None: ...
 def attention_workspace_size(
     *,
     num_seqs: int,

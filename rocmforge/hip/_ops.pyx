@@ -15,10 +15,10 @@ from rocmforge.hip._array cimport DeviceArray, device_of, new_device_array, on_d
 from rocmforge.hip._driver cimport (
     Device, fill_bytes, fill_words, launch, stream_handle)
 from rocmforge.hip._launch cimport (
-    RF_COPY_GATHER, RF_COPY_PAIRS, RF_COPY_POOLS, RF_COPY_SCATTER, RF_COPY_WITHIN, RF_MATRIX_ROWS,
-    RF_MAX_SPLITS, RF_PART_TOKENS, RF_ROWS_OF, RF_SPLIT_ROWS, RF_SPLIT_STEP, RF_TABLE_ENTRIES,
-    RF_TILE_ROWS, RF_WAVES, RF_WRITE_LANES, rf_attention_launch, rf_copy_launch, rf_divisor_of,
-    rf_merge_launch, rf_table_launch, rf_write_launch)
+    RF_ARRIVALS, RF_COPY_GATHER, RF_COPY_PAIRS, RF_COPY_POOLS, RF_COPY_SCATTER, RF_COPY_WITHIN,
+    RF_MATRIX_ROWS, RF_MAX_SPLITS, RF_PART_TOKENS, RF_ROWS_OF, RF_SPLIT_ROWS, RF_SPLIT_STEP,
+    RF_TABLE_ENTRIES, RF_TILE_ROWS, RF_WAVES, RF_WRITE_LANES, rf_attention_launch, rf_copy_launch,
+    rf_divisor_of, rf_merge_launch, rf_table_launch, rf_write_launch)
 from rocmforge.ops cimport _cpu
 from rocmforge.ops._arguments cimport (
     as_scale, read_attention, read_batch, read_blocks, read_logits, read_mask, read_merge,
@@ -186,6 +186,36 @@ cdef int _plan(rf_attention_launch *a, _Plan *plan, int64_t tile_rows, int64_t m
     return 0
 
 
+# For tests and measurements: whether the last workgroup merges, wherever it can. None: see below.
+cdef object _merged_by_last = None
+
+
+def merge_by_last(last):
+    """Let the last workgroup merge splits (True), a second kernel (False), or choose (None)."""
+    global _merged_by_last
+    _merged_by_last = last
+
+
+cdef bint _last_merges(rf_attention_launch *a, _Plan *plan, int64_t tile_rows,
+                       Device device) except -1:
+    """Whether the last workgroup of a tile to end merges its splits, instead of a second kernel.
+
+    The second kernel is a launch more, in a graph a node: 3.9 us on gfx1100 (ROCm/rocm-systems
+    #10834; 2 to 5 us is what others publish). Its waves have a row each, a wave of the last
+    workgroup has a quarter of the tile's, one after the other, and reads twice per row and split
+    what waits for the read before: at an assumed 0.15 us, from the second-level cache. With up to
+    16 such pairs a wave what is lost, at most 3.6 us, is about what is saved; with up to four
+    rows nothing is lost. Where several dies have such a cache each, a fence writes it back: 28 of
+    41 us in a published decode kernel (ROCm/rccl#1766 avoids it too). None of this was timed here.
+    """
+    if plan.tiles * a.p.num_kv_heads > RF_ARRIVALS:
+        return False
+    if _merged_by_last is not None:
+        return _merged_by_last
+    cdef int64_t turns = (min(<int64_t>a.split_rows, tile_rows) + RF_WAVES - 1) // RF_WAVES
+    return device.one_die and turns * a.max_splits <= 16
+
+
 cdef int64_t _longest(object bound, str name, int64_t otherwise) except -2:
     """A bound of the caller's, or what the shapes allow."""
     cdef int64_t value = as_bound(bound, name, 0)
@@ -262,7 +292,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     cdef cnp.ndarray mask_array = _optional(mask, "mask", device, number)
     cdef cnp.ndarray o, space
     cdef DeviceArray result, lse = None
-    cdef int64_t mask_width, max_q, max_len
+    cdef int64_t mask_width, max_q, max_len, counters = RF_ARRIVALS * sizeof(uint32_t)
     cdef void *scratch = NULL
     memset(&a, 0, sizeof(a))
     k_scale = _scale(k_scale, "k_scale", device, number)
@@ -317,11 +347,17 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
         a.p.lse = <float *>cnp.PyArray_DATA(lse._array)
     if plan.states:
         if workspace is None:
-            scratch = device.workspace(handle, plan.bytes)
+            scratch = device.workspace(handle, counters + plan.bytes)
+            if _last_merges(&a, &plan, tile_rows, device):
+                a.arrivals = <uint32_t *>scratch
+            scratch = <char *>scratch + counters
+        # else a second kernel merges: nobody knows what lies in a workspace of the caller's
         a.partial = <float *>scratch
         a.partial_state = a.partial + plan.states * a.p.v_head_dim
     cdef void *kernel = device.kernel(family, kernel_name)
-    cdef void *reduction = device.kernel(family, reduction_name) if plan.states else NULL
+    cdef void *reduction = NULL
+    if plan.states and a.arrivals == NULL:
+        reduction = device.kernel(family, reduction_name)
     if cu is not None:  # rows of nobody: what is new must hold something
         if result is not None:
             fill_bytes(device, cnp.PyArray_DATA(o), 0, cnp.PyArray_NBYTES(o), handle)
@@ -330,7 +366,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     if a.p.num_tokens and a.p.num_seqs:
         launch(device, kernel, plan.tiles * a.p.num_kv_heads, 1, a.max_splits, handle, &a,
                sizeof(a))
-        if plan.states:
+        if reduction != NULL:
             launch(device, reduction, a.p.num_seqs, a.p.num_kv_heads,
                    (a.split_rows + RF_WAVES - 1) // RF_WAVES, handle, &a, sizeof(a))
     return (out, lse) if with_lse else out

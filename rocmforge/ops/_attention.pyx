@@ -104,7 +104,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     return_lse : bool
         Also return the natural logarithm of the softmax's sum, sink included.
     workspace : array uint8 [num_bytes], optional
-        Scratch memory of a GPU call. Ignored on the CPU.
+        Scratch memory of a GPU call, whatever it holds. Ignored on the CPU.
     stream : optional
         Of a GPU call; None on the CPU.
 

@@ -154,18 +154,9 @@ RF_DEVICE void leave(const rf_attention_launch &a, const Tile &tile, int splits,
     }
 }
 
-/* Merges the splits of a row: grid x sequence, y key/value head, z four rows, one a wave. */
-RF_DEVICE void reduce(const rf_attention_launch &a, int tile_rows) {
+/* A row's splits to its output, by a wave. */
+RF_DEVICE void merge_splits(const rf_attention_launch &a, const Tile &tile, int splits, int row) {
     const rf_attention_params &p = a.p;
-    int row = group_z() * RF_WAVES + wave(), group = (int)a.group.value;
-    Tile tile;
-    find_sequence(a, group_x(), tile);
-    tile.kv_head = group_y();
-    if (row >= tile.num_rows || tile.num_rows > a.split_rows) return;
-    tile.row0 = row / tile_rows * tile_rows;
-    tile.rows = smaller(tile_rows, tile.num_rows - tile.row0);
-    int splits = share_of(a, tile, 0).splits;
-    if (splits == 1) return; /* written already */
     int64_t index =
         (((int64_t)tile.seq * a.split_rows + row) * p.num_kv_heads + tile.kv_head) * a.max_splits;
     float top = -INF, total = 0;
@@ -175,7 +166,7 @@ RF_DEVICE void reduce(const rf_attention_launch &a, int tile_rows) {
     for (int i = 0; i < splits; i++)
         total += load<float>(a.partial_state + 2 * (index + i) + 1) *
                  exp2(load<float>(a.partial_state + 2 * (index + i)) - base);
-    int token = row / group;
+    int group = (int)a.group.value, token = (int)rf_quotient((uint32_t)row, a.group);
     for (int chunk = lane(); 8 * chunk < p.v_head_dim; chunk += WAVE) {
         float out[8] = {0, 0, 0, 0, 0, 0, 0, 0};
         for (int i = 0; i < splits; i++) {
@@ -188,6 +179,40 @@ RF_DEVICE void reduce(const rf_attention_launch &a, int tile_rows) {
         finish(p, tile.token0 + token, tile.kv_head * group + row - token * group, chunk, out, top,
                total);
     }
+}
+
+/* The end of a workgroup whose tile has several splits. Where the launch has arrivals, the last of
+ * the tile's workgroups to get here merges what all have left, in the order of reduce: who it is
+ * changes no bit. All lanes get here, and nobody needs the LDS any more. The tile is found again,
+ * as registers that kept it for so long would be spilled. */
+template <int TILE>
+RF_DEVICE void merge_if_last(const rf_attention_launch &a, int splits, uint32_t &lds) {
+    if (!a.arrivals || splits == 1) return;
+    uint32_t *arrivals = a.arrivals + group_x();
+    release();
+    barrier();
+    if (thread() == 0) lds = fetch_add(arrivals, 1);
+    barrier();
+    if ((int)lds != splits - 1) return;
+    acquire();
+    if (thread() == 0) store(arrivals, 0u);
+    Tile tile;
+    find_tile<TILE>(a, tile);
+    for (int row = tile.row0 + wave(); row < tile.row0 + tile.rows; row += RF_WAVES)
+        merge_splits(a, tile, splits, row);
+}
+
+/* The same by a second kernel: grid x sequence, y key/value head, z four rows, one a wave. */
+RF_DEVICE void reduce(const rf_attention_launch &a, int tile_rows) {
+    int row = group_z() * RF_WAVES + wave();
+    Tile tile;
+    find_sequence(a, group_x(), tile);
+    tile.kv_head = group_y();
+    if (row >= tile.num_rows || tile.num_rows > a.split_rows) return;
+    tile.row0 = row / tile_rows * tile_rows;
+    tile.rows = smaller(tile_rows, tile.num_rows - tile.row0);
+    int splits = share_of(a, tile, 0).splits;
+    if (splits > 1) merge_splits(a, tile, splits, row); /* else it is written already */
 }
 
 template <class Kernel> RF_DEVICE void attend(const rf_attention_launch &p) {

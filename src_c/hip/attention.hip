@@ -15,7 +15,8 @@
  * STEPS of those at once. In an 8-bit cache 16 bytes are two chunks: neighbours read them from a
  * token each, and exchange halves. A logit is the sum over LANES lanes; what a value
  * adds needs no other lane. States are merged over the wave by shuffles, over waves through LDS,
- * over splits by reduce below. In a latent cache the key's registers serve as the value.
+ * over splits by the last workgroup of the tile to end, or by reduce below. In a latent cache the
+ * key's registers serve as the value.
  *
  * Which tokens a lane sees in which order depends only on the sequence's own lengths, so its bits
  * do not depend on the batch. A step whose tokens every row sees has no test inside (`Guarded`).
@@ -42,9 +43,12 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
     static constexpr int TOKENS = SIDE * STEPS; /* tokens of a wave at once */
     static constexpr bool SCALED = SIZE == 1;
 
-    struct Shared {
-        float sums[RF_WAVES][ROWS][8 * LANES * CHUNKS];
-        float m[RF_WAVES][ROWS], l[RF_WAVES][ROWS];
+    union Shared {
+        struct {
+            float sums[RF_WAVES][ROWS][8 * LANES * CHUNKS];
+            float m[RF_WAVES][ROWS], l[RF_WAVES][ROWS];
+        };
+        uint32_t arrived;
     };
 
     const rf_attention_launch &a;
@@ -336,6 +340,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
     RF_DEVICE_MEMBER void operator()(Shared &lds) {
         if (!find_tile<TILE>(a, tile)) return;
         share = share_of(a, tile, group_z());
+        share.splits = uniform(share.splits);
         if (group_z() >= share.splits) return;
         /* Waves with rows of their own: as many as the rows need, in powers of two. */
         int apart = tile.rows <= ROWS ? 1 : tile.rows <= 2 * ROWS ? 2 : RF_WAVES;
@@ -361,6 +366,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
         }
         barrier();
         for (int r = turn; r < rows; r += turns) merge_waves(lds, r, wave() % apart, apart, turns);
+        merge_if_last<TILE>(fresh(a), share.splits, lds.arrived);
     }
 };
 

@@ -9,6 +9,9 @@
  *   lane(), wave()                          index in the wave, index of the wave (uniform)
  *   barrier()                               of the workgroup, LDS included
  *   wave_barrier()                          of the wave: what its lanes read before is read
+ *   release()                               what the wave has stored, the whole device sees before
+ *   acquire()                               what it stores next; the wave sees what others released
+ *   fetch_add(p, x)                         *p, to which x is added at once; releases, too
  *   shuffle_xor<mask>(x), any(x)            all lanes of the wave must take part
  *   load<T>(p), store(p, x)                 any alignment of the element's own or better
  *   exp2, log2, half_to_float ...           the hardware's
@@ -98,6 +101,12 @@ RF_DEVICE void barrier() {
     __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
 }
 RF_DEVICE void wave_barrier() { __builtin_amdgcn_wave_barrier(); }
+RF_DEVICE void release() { __builtin_amdgcn_fence(__ATOMIC_RELEASE, "agent"); }
+RF_DEVICE void acquire() { __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "agent"); }
+RF_DEVICE uint32_t fetch_add(uint32_t *p, uint32_t x) {
+    typedef __attribute__((address_space(1))) uint32_t *Global;
+    return __hip_atomic_fetch_add((Global)p, x, __ATOMIC_RELEASE, __HIP_MEMORY_SCOPE_AGENT);
+}
 
 /* The pointers of an argument struct are global ones, which clang does not always find out. The
  * words may lie at any address: the hardware asks for no alignment. */
@@ -302,6 +311,10 @@ RF_DEVICE int lane() { return thread() & (WAVE - 1); }
 RF_DEVICE int wave() { return __shfl_sync(~0u, thread() / WAVE, 0); }
 RF_DEVICE void barrier() { __syncthreads(); }
 RF_DEVICE void wave_barrier() { __syncwarp(); }
+RF_DEVICE int uniform(int x) { return x; }
+RF_DEVICE void release() { __threadfence(); }
+RF_DEVICE void acquire() { __threadfence(); }
+RF_DEVICE uint32_t fetch_add(uint32_t *p, uint32_t x) { return atomicAdd(p, x); }
 template <class T> RF_DEVICE T load(const void *p) { /* CUDA wants every access aligned */
     T x;
     constexpr int step = alignof(T) < 4 ? alignof(T) : 4;

@@ -78,6 +78,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         float unscale[RF_MATRIX_ROWS];
         Bytes16 query[RF_MATRIX_ROWS / 16][CHUNKS][WAVE];
         float state[TILES * PER + 2][WAVE];
+        uint32_t arrived;
     };
 
     /* Of a step: one of PIECES parts. */
@@ -248,7 +249,8 @@ template <int DTYPE, int DIM> struct MatrixAttention {
 
         /* In the sequence: of this lane. */
         RF_DEVICE_MEMBER int row_of() const { return k.tile.row0 + 16 * index + column(); }
-        RF_DEVICE_MEMBER bool has() const { return 16 * index + column() < k.tile.rows; }
+        /* opaque: or each lane's answer is kept in scalar registers, which spilled */
+        RF_DEVICE_MEMBER bool has() const { return opaque(row_of()) < k.tile.row0 + k.tile.rows; }
 
         RF_DEVICE_MEMBER void start() {
             const rf_attention_params &p = k.a.p;
@@ -637,6 +639,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         int tiles = (tile.rows + 15) / 16, apart = tiles <= 2 ? tiles : 4;
         share_query(wave() % apart);
         run(wave() % apart, apart);
+        merge_if_last<RF_MATRIX_ROWS>(fresh(a), share.splits, lds.arrived);
     }
 };
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ if SIMULATED:
 
 from rocmforge import hip  # noqa: E402
 from rocmforge.errors import DeviceError  # noqa: E402
+from rocmforge.hip import _ops  # noqa: E402
 
 
 def count_devices() -> int:
@@ -68,6 +69,10 @@ class Simulator:
     def launches(self) -> int:
         return int(self._library.rf_sim_launches())
 
+    def last_split(self) -> int:
+        """Index along z of the workgroup that ran last."""
+        return int(self._library.rf_sim_last_split())
+
     def fail(self, from_now: int, error: int = 719) -> None:
         """Make the call that many calls from now fail once; a negative number: none."""
         self._library.rf_sim_fail(ctypes.c_int64(from_now), error)
@@ -102,6 +107,13 @@ def sim() -> Iterator[Simulator]:
     simulator.set_device(0)
     simulator.set_seed(int(os.environ.get("RF_SIM_SEED", "0")))
     simulator.set_memory(1 << 30)
+
+
+@pytest.fixture
+def merge_by_last() -> Iterator[Callable[[bool | None], None]]:
+    """Chooses who merges splits: True, the last workgroup; False, a second kernel."""
+    yield _ops.merge_by_last
+    _ops.merge_by_last(None)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ struct Fiber {
     State state = State::done;
     int mask = 0, value[2] = {0, 0};
     unsigned asked = 0; /* exchanges so far */
+    rf_sim_order order{};
 };
 
 struct Machine {
@@ -103,6 +104,7 @@ void prepare(Fiber &f) {
     f.fake_stack = nullptr;
     f.state = State::ready;
     f.asked = 0;
+    f.order = {};
 }
 
 void wait(State state) {
@@ -150,6 +152,20 @@ const unsigned *publish(const unsigned *words, int count) {
     return &machine.words[turn][16 * first];
 }
 void barrier() { wait(State::barrier); }
+unsigned fetch_add(unsigned *p, unsigned x) {
+    for (unsigned i = 0; i < machine.threads; i++) {
+        rf_sim_order &order = machine.fibers[i].order;
+        if (order.stored && machine.error.empty())
+            machine.error = "a workgroup arrives before its lanes have released what they stored";
+        order.stale = true;
+    }
+    unsigned before = *p;
+    *p += x;
+    return before;
+}
+void too_early() {
+    if (machine.error.empty()) machine.error = "a lane reads before it has acquired";
+}
 void *shared(size_t size) {
     if (!machine.lds) {
         machine.lds = std::malloc(size); /* exactly: the address sanitizer knows where it ends */
@@ -203,6 +219,7 @@ void run_group(bool shuffled) {
             if (f.state != State::ready) continue;
             machine.current = &f;
             machine.lane.thread = static_cast<int>(i);
+            machine.lane.order = &f.order;
             enter(f, machine.main, false);
         }
     } while (machine.error.empty() && release());
@@ -224,7 +241,8 @@ std::string rf_sim_run(const rf_sim_kernel &kernel, rf_sim_lane **lane_of_kernel
     machine.wave_size = wave_size;
     machine.error.clear();
     machine.random.seed(seed);
-    machine.lane = {0, {0, 0, 0}, exchange, any, publish, barrier, shared};
+    machine.lane = {0,       nullptr, {0, 0, 0}, exchange,  any,
+                    publish, barrier, shared,    fetch_add, too_early};
     *lane_of_kernel = &machine.lane;
     std::vector<uint64_t> groups(uint64_t{grid[0]} * grid[1] * grid[2]);
     std::iota(groups.begin(), groups.end(), uint64_t{0});
@@ -237,4 +255,9 @@ std::string rf_sim_run(const rf_sim_kernel &kernel, rf_sim_lane **lane_of_kernel
         if (!machine.error.empty()) break;
     }
     return machine.error;
+}
+
+/* For tests: the split (grid z) of the workgroup that ran last. */
+extern "C" __attribute__((visibility("default"))) int rf_sim_last_split() {
+    return machine.lane.group[2];
 }

@@ -41,6 +41,9 @@ RF_DEVICE int lane() { return thread() % WAVE; }
 RF_DEVICE int wave() { return thread() / WAVE; }
 RF_DEVICE void barrier() { rf_sim->barrier(); }
 RF_DEVICE void wave_barrier() { rf_sim->exchange(0, 0); }
+RF_DEVICE void release() { rf_sim->order->stored = false; }
+RF_DEVICE void acquire() { rf_sim->order->stale = false; }
+RF_DEVICE uint32_t fetch_add(uint32_t *p, uint32_t x) { return rf_sim->fetch_add(p, x); }
 
 RF_DEVICE int uniform(int x) { return x; }
 RF_DEVICE int opaque(int x) { return x; }
@@ -48,10 +51,14 @@ RF_DEVICE void keep_order() {}
 
 template <class T> RF_DEVICE T load(const void *p) {
     T x;
+    if (rf_sim->order->stale) rf_sim->too_early();
     std::memcpy(&x, p, sizeof x);
     return x;
 }
-template <class T> RF_DEVICE void store(void *p, T x) { std::memcpy(p, &x, sizeof x); }
+template <class T> RF_DEVICE void store(void *p, T x) {
+    rf_sim->order->stored = true;
+    std::memcpy(p, &x, sizeof x);
+}
 
 template <class T> RF_DEVICE T uniform_load(const void *p) { return load<T>(p); }
 

@@ -181,6 +181,61 @@ def test_any_number_of_splits(device, splits):
     check(problem, device, launch={"num_splits": splits})
 
 
+@pytest.mark.parametrize("head_dim", [64, 512], ids=["16 rows", "8 rows"])
+def test_the_last_workgroup_merges_as_a_second_kernel_does(device, merge_by_last, head_dim):
+    """Bit for bit, with any number of splits after any other; a tile of one, two and more waves."""
+    shape = {"heads": (10, 2), "head_dim": head_dim}
+    problem = make(FLOAT32, [300, 64, 65, 1, 0, 150], [1, 3, 1, 1, 0, 7], **shape)
+    for splits in (5, 2, None, 3):
+        launch = {"num_splits": splits, "return_lse": True, "sinks": np.ones(10, np.float32)}
+        merge_by_last(False)
+        want = attend(problem, device, **launch)
+        merge_by_last(True)
+        for _ in range(2):
+            got = attend(problem, device, **launch)
+            assert all(np.array_equal(bits(g), bits(w)) for g, w in zip(got, want, strict=True))
+    check(problem, device, launch={"num_splits": 3})
+
+
+def test_any_workgroup_may_be_the_last(sim, device, merge_by_last):
+    problem = make(FLOAT32, [310], heads=(4, 1))
+    want = attend(problem, device, num_splits=5)
+    merge_by_last(True)
+    moved, last = on(problem, device), set()
+    for seed in range(1, 60):
+        sim.set_seed(seed)
+        launches = sim.launches()
+        out = moved.call(paged_attention, num_splits=5)
+        assert sim.launches() == launches + 1
+        assert np.array_equal(bits(out.numpy()), bits(want))
+        last.add(sim.last_split())
+    assert last == set(range(5))
+
+
+def test_who_merges(sim, device):
+    """The last workgroup on chips of one die, in our memory, where its waves read 16 parts each."""
+    one = not device.architecture.startswith(("gfx942", "gfx950"))
+
+    def launches(heads, splits, **given):
+        moved = on(make(FLOAT32, [1300], heads=heads), device)
+        moved.call(paged_attention, num_splits=splits)
+        hip.synchronize()
+        before = sim.launches()
+        moved.call(paged_attention, num_splits=splits, **given)
+        return sim.launches() - before
+
+    assert device.one_die == one
+    assert launches((4, 1), 1) == 1
+    assert launches((4, 1), 16) == 2 - one
+    assert launches((4, 1), 17) == 2
+    assert launches((8, 1), 8) == 2 - one
+    assert launches((8, 1), 9) == 2
+    assert launches((16, 1), 4) == 2 - one
+    assert launches((32, 1), 5) == 2
+    workspace = hip.zeros(1 << 20, np.uint8, device)
+    assert launches((4, 1), 2, workspace=workspace) == 2
+
+
 def test_long_contexts_are_split(device):
     problem = make(BFLOAT16, [1500, 700, 513, 512], heads=(4, 1))
     check(problem, device)

@@ -142,6 +142,34 @@ def test_bits_do_not_depend_on_the_batch(device):
         assert np.array_equal(bits(alone_lse), bits(lse[start:stop]))
 
 
+@pytest.mark.parametrize("kv_dtype", [None, FLOAT8], ids=str)
+def test_the_last_workgroup_merges_as_a_second_kernel_does(device, merge_by_last, kv_dtype):
+    problem = make(
+        BFLOAT16, [300, 64, 0, 150], [1, 3, 0, 7], heads=(16, 2), head_dim=64, kv_dtype=kv_dtype
+    )
+    for splits in (5, 2, 3):
+        merge_by_last(False)
+        want = attend(problem, device, num_splits=splits, return_lse=True)
+        merge_by_last(True)
+        for _ in range(2):
+            got = attend(problem, device, num_splits=splits, return_lse=True)
+            assert all(np.array_equal(bits(g), bits(w)) for g, w in zip(got, want, strict=True))
+    check(problem, device, launch={"num_splits": 3})
+
+
+def test_any_workgroup_may_be_the_last(sim, device, merge_by_last):
+    problem = make(BFLOAT16, [310], heads=(4, 1), head_dim=64)
+    want = attend(problem, device, num_splits=5)
+    merge_by_last(True)
+    moved, last = on(problem, device), set()
+    for seed in range(1, 60):
+        sim.set_seed(seed)
+        out = moved.call(paged_attention, num_splits=5)
+        assert np.array_equal(bits(out.numpy()), bits(want))
+        last.add(sim.last_split())
+    assert last == set(range(5))
+
+
 def test_what_no_row_of_a_tile_sees_does_not_matter(device):
     """NaN and infinities past the end, before a window, in a hole, in the pool's first block."""
     problem = make(FLOAT16, [50, 70], [2, 1], heads=(4, 1), head_dim=64, block_size=16)

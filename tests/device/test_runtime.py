@@ -143,6 +143,64 @@ def test_graph_capture_and_replay_with_changed_contents(device):
         np.testing.assert_allclose(got, case.call(reference.paged_attention), atol=2e-6, rtol=2e-6)
 
 
+def test_graphs_whose_last_workgroups_merge(device, merge_by_last):
+    """In scratch memory that a call before the capture has made, and that calls go on using."""
+    merge_by_last(True)
+    problem = make(FLOAT32, [700, 40, 21], heads=(4, 2))
+    want = {
+        lens: problem.but(seq_lens=np.array(lens, np.int32)).call(reference.paged_attention)
+        for lens in ((700, 40, 21), (650, 3, 0), (1, 40, 7))
+    }
+    moved, stream = on(problem, device), hip.Stream(device)
+    out = hip.empty((3, 4, 64), FLOAT32, device)
+    hip.synchronize()
+    moved.call(ops.paged_attention, out=out, num_splits=5, stream=stream)
+    stream.begin_capture()
+    moved.call(ops.paged_attention, out=out, num_splits=5, stream=stream)
+    graph = stream.end_capture()
+    for lens in 2 * list(want):
+        moved.seq_lens.copy_from(np.array(lens, np.int32), stream)
+        graph.launch(stream)
+        np.testing.assert_allclose(out.numpy(stream), want[lens], atol=2e-6, rtol=2e-6)
+        moved.call(ops.paged_attention, out=out, num_splits=3, stream=stream)
+        np.testing.assert_allclose(out.numpy(stream), want[lens], atol=2e-6, rtol=2e-6)
+
+
+def test_scratch_memory_that_grows_and_streams_that_have_their_own(device, merge_by_last):
+    merge_by_last(True)
+    device.release()
+    streams = [hip.Stream(device) for _ in range(2)]
+    for contexts in ([200], [700, 130, 90, 513], [200]):
+        problem = make(FLOAT32, contexts, heads=(4, 2))
+        want, moved = problem.call(reference.paged_attention), on(problem, device)
+        hip.synchronize()
+        outs = [
+            moved.call(ops.paged_attention, num_splits=splits, stream=stream)
+            for splits in (3, 2)
+            for stream in streams
+        ]
+        for out, stream in zip(outs, 2 * streams, strict=True):
+            np.testing.assert_allclose(out.numpy(stream), want, atol=2e-6, rtol=2e-6)
+
+
+def test_scratch_memory_whose_counters_were_not_cleared_is_not_kept(sim, device, merge_by_last):
+    merge_by_last(True)
+    problem = make(FLOAT32, [200, 90], heads=(4, 2))
+    want = attend(problem, device, num_splits=3)
+    moved = on(problem, device)
+    for call in range(12):
+        device.release()
+        moved.call(ops.paged_attention, num_splits=1)  # loads the kernel
+        sim.fail(call)
+        try:
+            moved.call(ops.paged_attention, num_splits=3)
+        except DeviceError:
+            sim.forget_errors()
+        sim.fail(-1)
+        out = moved.call(ops.paged_attention, num_splits=3)
+        assert np.array_equal(out.numpy(), want)
+
+
 @pytest.mark.parametrize("what", ["allocation", "pageable copy", "synchronisation"])
 def test_what_a_capture_refuses(sim, device, what):
     stream = hip.Stream(device)

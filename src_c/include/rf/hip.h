@@ -22,6 +22,8 @@
 /* With deterministic results: context tokens that are worth a workgroup, and workgroups at most. */
 #define RF_PART_TOKENS 512
 #define RF_MAX_SPLITS  32
+/* Tiles x key/value heads of a launch whose splits the last workgroup to arrive may merge. */
+#define RF_ARRIVALS 16384
 /* Context tokens that a split begins at a multiple of, counted from where its tile's begins. */
 #define RF_SPLIT_STEP 64
 
@@ -52,6 +54,9 @@ typedef struct rf_attention_launch {
      * exp2(logit - max). Logits in base 2. */
     float *partial;
     float *partial_state;
+    /* A counter a workgroup along x, zero before and after: the last split of its tile to arrive
+     * merges them. NULL: a second kernel does. */
+    uint32_t *arrivals;
     rf_divisor block_size, group, heads; /* heads: of keys and values */
     int32_t split_rows;                  /* rows that a split sequence has at most */
     int32_t max_splits;                  /* of a tile's context; 1: the output is written at once */
@@ -59,7 +64,7 @@ typedef struct rf_attention_launch {
     int32_t one_tile;    /* 1: the tile is the sequence, none has more rows than one */
     int32_t mask_width;  /* columns of the mask: new tokens past them are hidden */
 } rf_attention_launch;
-static_assert(sizeof(rf_attention_launch) == 432, "rf_attention_launch is shared with device code");
+static_assert(sizeof(rf_attention_launch) == 440, "rf_attention_launch is shared with device code");
 
 /* Number of splits of n context tokens, and where each begins. Depends on nothing else, so that a
  * sequence's bits do not depend on the batch. */
