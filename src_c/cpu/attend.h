@@ -15,7 +15,7 @@ static const int8_t rf_size[RF_NUM_DTYPES] = {4, 2, 2, 1, 1, 1};
 typedef struct rf_shape {
     int64_t group, rows, head_rows, all; /* all: head_rows of all heads */
     int64_t q_dim, v_dim, used;          /* used: of v_dim, what the kernels write */
-    int heads, many;
+    int heads, many, blocks;             /* blocks: of RF_BLOCK_ROWS rows */
 } rf_shape;
 
 static rf_shape shape_of(const rf_attention_params *p, const rf_products *f, int64_t num_q,
@@ -27,6 +27,7 @@ static rf_shape shape_of(const rf_attention_params *p, const rf_products *f, int
     s.heads = heads;
     s.all = heads * s.head_rows;
     s.many = s.rows >= RF_MANY_ROWS;
+    s.blocks = f->blocks && s.rows >= RF_BLOCK_ROWS_FROM;
     s.q_dim = rf_pad_dim(p->head_dim);
     s.v_dim = rf_pad_dim(p->v_head_dim);
     s.used = (p->v_head_dim + f->chunk - 1) / f->chunk * f->chunk;
@@ -38,27 +39,35 @@ static int64_t score_floats(int64_t head_rows, int64_t heads) {
     return (heads * head_rows + 4) * RF_FEW_LD; /* rows are handled by four */
 }
 
+/* A part's keys and values as pairs, and a block's scores. */
+static int64_t block_floats(int64_t q_dim, int64_t v_dim) {
+    return RF_PART / 2 * (q_dim + v_dim) + RF_BLOCK_ROWS * RF_BLOCK_LD;
+}
+
 static int64_t scratch_floats(const rf_attention_params *p, int64_t rows, int64_t heads) {
     const int64_t head_rows = rf_head_rows(rows), all = heads * head_rows;
     const int64_t q_dim = rf_pad_dim(p->head_dim), v_dim = rf_pad_dim(p->v_head_dim);
     const int64_t row = q_dim > v_dim ? q_dim : v_dim;
+    int64_t work = rows < RF_MANY_ROWS ? row : RF_MANY_TILE * row;
+    if (rows >= RF_BLOCK_ROWS_FROM && work < block_floats(q_dim, v_dim))
+        work = block_floats(q_dim, v_dim);
     return all * q_dim + 2 * rf_state_floats(all, p->v_head_dim) + score_floats(head_rows, heads) +
-           3 * rf_pad_rows(all) + 3 * RF_TILE_TOKENS +
-           (rows < RF_MANY_ROWS ? row : RF_MANY_TILE * row);
+           3 * rf_pad_rows(all) + 3 * RF_TILE_TOKENS + work;
 }
 
-/* The queries of a head, as rows, or with many rows as columns: q[unit * head_rows + row], a unit
- * being 4 bytes. */
+/* The queries of a head, as rows, or with many rows not in blocks as columns: q[unit * head_rows +
+ * row], a unit being 4 bytes. */
 static void load_queries(const rf_attention_params *p, const rf_products *f, const rf_shape *s,
                          int64_t token, int32_t head, char *q, float *work) {
     const int size = rf_size[p->dtype];
     const char *from = p->query.data;
+    const int columns = s->many && !s->blocks;
     if (s->many) memset(q, 0, (size_t)(s->head_rows * s->q_dim) * 4);
     for (int64_t r = 0; r < s->rows; r++) {
         const char *row = from + ((token + r / s->group) * p->query.token_stride +
                                   (head * s->group + r % s->group) * p->query.head_stride) *
                                      size;
-        if (!s->many) {
+        if (!columns) {
             f->query(row, p->head_dim, q + r * s->q_dim * f->query_size);
             continue;
         }
@@ -82,7 +91,7 @@ static const float *token_scales(const rf_attention_params *p, const rf_scales *
                                  const int64_t *off, int n, int64_t head, float *out) {
     if (!scales_by_token(p, s)) return NULL;
     for (int t = 0; t < n; t++) out[t] = s->data[off[t] + head * s->head_stride];
-    for (int t = n; t < n + RF_SLACK; t++) out[t] = 0.0f; /* whole vectors are read */
+    for (int t = n; t % 32; t++) out[t] = 0.0f; /* whole pairs of vectors are read */
     return out;
 }
 
@@ -158,7 +167,7 @@ RF_INLINE float *scores_at(const rf_work *w, int h) {
 }
 
 /* Scale by token, soft cap and ALiBi, of one head. */
-static void change_logits(rf_work *w, const rf_tile *t, int h, float *s) {
+static rf_logits logits_of(rf_work *w, const rf_tile *t, int h) {
     const rf_attention_params *p = w->p;
     const rf_shape *shape = &w->shape;
     rf_logits l = {
@@ -175,8 +184,7 @@ static void change_logits(rf_work *w, const rf_tile *t, int h, float *s) {
         for (int i = t->n; i < t->n + RF_SLACK; i++) w->key[i] = 0.0f;
         for (int64_t r = 0; r < shape->rows; r++) w->position[r] = (float)(own + r / shape->group);
     }
-    if (shape->many) logits_many(s, shape->head_rows, t->n, &l);
-    else logits_few(s, t->n, shape->rows, &l);
+    return l;
 }
 
 RF_INLINE const char *at_head(const char *base, const rf_paged *pool, int size, int h) {
@@ -194,7 +202,11 @@ static void score_head(rf_work *w, const rf_tile *t, int h, rf_ahead ahead) {
     const rf_phase x = {at_head(w->k, &p->k, size, h), t->k, ahead, n, p->head_dim};
     if (s->many) w->f->scores_many(q, s->head_rows, &x, factor, to, w->wide);
     else w->f->scores_few(q, s->q_dim, &x, s->rows, factor, to);
-    if (w->change) change_logits(w, t, h, to);
+    if (w->change) {
+        const rf_logits l = logits_of(w, t, h);
+        if (s->many) logits_many(to, s->head_rows, n, &l);
+        else logits_few(to, RF_FEW_LD, n, s->rows, &l);
+    }
     mask_scores(p, s, &w->seq, w->task->q0, w->task->num_q, t, to);
 }
 
@@ -243,6 +255,98 @@ static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state
     }
 }
 
+/* As mask_scores, of rows from r0 on; up to whole pairs of vectors. */
+static void mask_block(const rf_work *w, const rf_tile *t, int64_t r0, int64_t rows, int n,
+                       float *s) {
+    const rf_attention_params *p = w->p;
+    const int full = (n + 31) / 32 * 32;
+    const int64_t new = w->seq.kv_len - w->seq.q_len; /* position of the first new token */
+    for (int64_t r = r0; r < r0 + rows; r++, s += RF_BLOCK_LD) {
+        const int64_t i = w->task->q0 + r / w->shape.group;
+        const int64_t first = rf_first(p, &w->seq, i);
+        const int from = t->pos[0] >= first ? 0 : tokens_before(t, first);
+        const int to = tokens_before(t, rf_visible(p, &w->seq, i));
+        for (int j = 0; j < from && j < n; j++) s[j] = -INFINITY;
+        for (int j = to < n ? to : n; j < full; j++) s[j] = -INFINITY;
+        if (!p->mask || t->pos[n - 1] < new) continue;
+        const uint8_t *mask = p->mask + (w->seq.q_start + i) * p->mask_stride;
+        for (int j = 0; j < n; j++)
+            if (t->pos[j] >= new && !mask[t->pos[j] - new]) s[j] = -INFINITY;
+    }
+}
+
+/* Brings tokens from .. to - 1 of a head nearer. */
+static void prefetch_tokens(const rf_work *w, const rf_tile *t, int h, int from, int to) {
+    const rf_attention_params *p = w->p;
+    const int size = rf_size[p->kv_dtype];
+    const char *k = at_head(w->k, &p->k, size, h), *v = at_head(w->v, &p->v, size, h);
+    for (int i = from; i < to; i++) {
+        for (int at = 0; at < p->head_dim * size; at += 64)
+            __builtin_prefetch(k + t->k[i] * size + at, 0, 2);
+        for (int at = 0; at < p->v_head_dim * size; at += 64)
+            __builtin_prefetch(v + t->v[i] * size + at, 0, 2);
+    }
+}
+
+/* A part by blocks of rows: the states of the heads, where `st` is fresh, else added to it. later:
+ * room for a block's state. */
+static void add_part(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state st, int fresh,
+                     float *later) {
+    const rf_attention_params *p = w->p;
+    const rf_blocks *f = w->f->blocks;
+    const rf_shape *s = &w->shape;
+    const int size = rf_size[p->kv_dtype], all = t->n;
+    float *const keys = w->wide, *const values = keys + RF_PART / 2 * s->q_dim;
+    float *const scores = values + RF_PART / 2 * s->v_dim;
+    const rf_state block = state_at(later, RF_BLOCK_ROWS, s->v_dim);
+    for (int h = 0; h < s->heads; h++) {
+        const rf_phase k = {at_head(w->k, &p->k, size, h), t->k, NULL, all, p->head_dim};
+        const rf_phase v = {at_head(w->v, &p->v, size, h), t->v, NULL, all, p->v_head_dim};
+        f->pack_keys(&k, keys);
+        f->pack_values(&v, values, s->v_dim);
+        const float scale =
+            p->scale * RF_LOG2E * head_scale(p, w->f, &p->k_scale, w->task->head + h);
+        const float *v_scale =
+            token_scales(p, &p->v_scale, t->v_scale, all, w->task->head + h, w->v_scale);
+        rf_logits logits = {0};
+        if (w->change) logits = logits_of(w, t, h);
+        const char *q = w->q + h * s->head_rows * s->q_dim * w->f->query_size;
+        for (int64_t r = 0; r < s->rows; r += RF_BLOCK_ROWS) {
+            const int64_t rows =
+                r + RF_BLOCK_ROWS < s->head_rows ? RF_BLOCK_ROWS : s->head_rows - r;
+            const int64_t used = r + rows < s->rows ? rows : s->rows - r;
+            const int64_t at = h * s->head_rows + r, last = (r + used - 1) / s->group;
+            const int n = tokens_before(t, rf_visible(p, &w->seq, w->task->q0 + last));
+            const rf_state whole = {st.acc + at * s->v_dim, st.max + at, st.sum + at};
+            const rf_state to = fresh ? whole : block;
+            float factor = scale;
+            if (next)
+                prefetch_tokens(w, next, h, (int)(next->n * r / s->rows),
+                                (int)(next->n * (r + used) / s->rows));
+            if (n == 0) {
+                if (fresh) memset(to.acc, 0, (size_t)(rows * s->v_dim) * sizeof(float));
+                continue;
+            }
+            f->scores(q + r * s->q_dim * w->f->query_size, s->q_dim, rows, keys, n, p->head_dim,
+                      scores);
+            if (w->change || !(factor > 0.0f)) { /* else it does not change which is the largest */
+                for (int64_t i = 0; i < rows * RF_BLOCK_LD; i += RF_W)
+                    vf_store(scores + i, vf_mul(vf_load(scores + i), vf_set1(factor)));
+                factor = 1.0f;
+            }
+            if (w->change) {
+                logits_few(scores, RF_BLOCK_LD, n, rows, &logits);
+                logits.slope += rows;
+                logits.query += rows;
+            }
+            mask_block(w, t, r, used, n, scores);
+            f->softmax(scores, rows, n, factor, to.max, to.sum, v_scale);
+            f->values(to.acc, s->v_dim, scores, rows, values, n, p->v_head_dim);
+            if (!fresh) fold_state(whole, block, 1, rows, used, s->v_dim, s->used);
+        }
+    }
+}
+
 static void attend(const rf_attention_params *p, const rf_products *f, const rf_task *task,
                    float *scratch, float *states, int32_t first_part) {
     rf_work w = {.p = p, .f = f, .task = task, .seq = rf_seq_of(p, task->seq)};
@@ -268,7 +372,8 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
     const int64_t token = w.seq.q_start + task->q0;
     if (s->many && f->begin) f->begin();
     for (int h = 0; h < s->heads; h++)
-        load_queries(p, f, s, token, task->head + h, w.q + h * s->head_rows * s->q_dim * 4, w.wide);
+        load_queries(p, f, s, token, task->head + h,
+                     w.q + h * s->head_rows * s->q_dim * (s->blocks ? f->query_size : 4), w.wide);
     if (p->alibi_slopes) {
         for (int64_t r = 0; r < rf_pad_rows(s->all); r++) w.slope[r] = w.position[r] = 0.0f;
         for (int h = 0; h < s->heads; h++)
@@ -281,7 +386,7 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
     const int64_t visible = rf_visible(p, &w.seq, task->q0 + task->num_q - 1);
     const int64_t part_end = (int64_t)task->part1 * RF_PART;
     const int64_t last = visible < part_end ? visible : part_end;
-    const int64_t length = s->many ? RF_MANY_TILE : RF_FEW_TILE;
+    const int64_t length = s->blocks ? RF_PART : s->many ? RF_MANY_TILE : RF_FEW_TILE;
     int64_t pos = (int64_t)task->part0 * RF_PART > first ? (int64_t)task->part0 * RF_PART : first;
     rf_tile tiles[2];
     int now = 0;
@@ -293,13 +398,14 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
     }
     for (int64_t part = task->part0; part < task->part1; part++) {
         const int in_place = !states && part * RF_PART <= first;
-        rf_state st = state_at(states     ? states + (part - first_part) * state
-                               : in_place ? whole
-                                          : later,
+        const int fold = !states && !in_place;
+        rf_state st = state_at(states               ? states + (part - first_part) * state
+                               : fold && !s->blocks ? later
+                                                    : whole,
                                s->all, s->v_dim);
         const int64_t end = (part + 1) * RF_PART < last ? (part + 1) * RF_PART : last;
-        int fresh = 1;
-        clear_sums(st, s->all);
+        int fresh = !(fold && s->blocks); /* blocks are folded one by one */
+        if (fresh) clear_sums(st, s->all);
         while (pos < end) {
             const rf_tile *t = &tiles[now];
             rf_tile *next = NULL;
@@ -312,11 +418,12 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
                           next);
             }
             if (t->n == 0) continue;
-            add_tile(&w, t, next, st, fresh);
+            if (s->blocks) add_part(&w, t, next, st, fresh, later);
+            else add_tile(&w, t, next, st, fresh);
             fresh = 0;
         }
         if (fresh) memset(st.acc, 0, (size_t)(s->all * s->v_dim) * sizeof(float));
-        else if (!states && !in_place)
+        else if (fold && !s->blocks)
             fold_state(state_at(whole, s->all, s->v_dim), st, s->heads, s->head_rows, s->rows,
                        s->v_dim, s->used);
     }

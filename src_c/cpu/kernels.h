@@ -20,6 +20,10 @@
 #define RF_MANY_ROWS 12
 /* Rows of a task, unless one query token has more. */
 #define RF_MAX_ROWS 64
+/* With products by blocks (rf_blocks): the rows of a block, and of a head from which it is cut into
+ * blocks. */
+#define RF_BLOCK_ROWS      32
+#define RF_BLOCK_ROWS_FROM 96
 /* Key/value heads of a task. */
 #define RF_MAX_HEADS 8
 

@@ -18,6 +18,26 @@ typedef struct rf_phase {
     int dim; /* elements of a vector */
 } rf_phase;
 
+/* The products by blocks of rows, over a whole part of the context, whose keys and values are
+ * packed once for all of a task's blocks. Scores are s[row * RF_BLOCK_LD + token], not yet times
+ * `factor`.
+ */
+typedef struct rf_blocks {
+    int rows; /* of a task, at most, unless one query token has more */
+    void (*pack_keys)(const rf_phase *x, void *keys);
+    void (*pack_values)(const rf_phase *x, void *values, int64_t ld);
+    /* Of `rows` rows, ldq elements each, with the first n tokens. */
+    void (*scores)(const void *q, int64_t ldq, int64_t rows, const void *keys, int n, int dim,
+                   float *s);
+    /* The first state of a part: max, sum, and probabilities as `values` reads them. -inf is
+     * expected from the n-th token to whole pairs of vectors. scale: as for softmax_many. */
+    void (*softmax)(float *s, int64_t rows, int n, float factor, float *max, float *sum,
+                    const float *scale);
+    /* acc = p v. */
+    void (*values)(float *acc, int64_t lda, const float *p, int64_t rows, const void *values, int n,
+                   int dim);
+} rf_blocks;
+
 /* Rows of queries are query_size bytes an element, and a tile's scores have one of the two forms in
  * softmax.h. */
 typedef struct rf_products {
@@ -40,6 +60,9 @@ typedef struct rf_products {
                         const rf_phase *x, int64_t rows, void *work);
     /* f times a row of sums, as the output's type. */
     void (*finish)(const float *acc, int dim, float f, void *out);
+    /* Of tasks with RF_BLOCK_ROWS_FROM rows or more, in blocks of them: see block.h. NULL where the
+     * functions above serve those too. */
+    const rf_blocks *blocks;
     /* Around all of a task with many rows; or NULL. */
     void (*begin)(void);
     void (*end)(void);
