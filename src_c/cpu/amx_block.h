@@ -14,29 +14,73 @@
 
 RF_INLINE int amx_steps(int dim) { return (dim + 31) / 32; }
 
-static void block_scores(const void *q, int64_t ldq, int64_t rows, const void *keys, int n, int dim,
-                         float *s) {
-    const char *at = q, *k = keys;
-    const int steps = amx_steps(dim);
-    const amx_tiles queries[2] = {{at, 2 * ldq, 64}, {at + 32 * ldq, 2 * ldq, 64}};
-    for (int t = 0; t < n; t += 32, k += 2 * steps * 4 * AMX_TILE) {
-        const amx_tiles tokens[2] = {{k, 64, 4 * AMX_TILE},
-                                     {k + steps * 4 * AMX_TILE, 64, 4 * AMX_TILE}};
-        amx_blocks(queries, tokens, rows > 16 ? 2 : 1, n - t > 16 ? 2 : 1, steps, s + t,
-                   RF_BLOCK_LD, 0, NULL, 0);
+/* Blocks of 2 x 2 tiles of C beside each other, 32 rows high: their A is the same rows of tiles. */
+typedef struct amx_product {
+    const char *a, *b;
+    int64_t lda, b_beside, b_below,
+        b_next; /* bytes; b_next: from one block's tiles to the next's */
+    float *c;
+    int64_t ldc;
+    int steps, blocks;
+    int step; /* the next one, of the first block that is left */
+} amx_product;
+
+/* One step of a product: a tile along what is summed over. */
+RF_INLINE void amx_step(amx_product *x) {
+    const char *a = x->a + 64 * x->step, *b = x->b + x->b_below * x->step;
+    if (x->step == 0) {
+        AMX_ZERO(0);
+        AMX_ZERO(1);
+        AMX_ZERO(2);
+        AMX_ZERO(3);
     }
+    AMX_LOAD(4, a, x->lda);
+    AMX_LOAD(6, b, 64);
+    AMX_DOT(0, 4, 6);
+    AMX_LOAD(7, b + x->b_beside, 64);
+    AMX_DOT(1, 4, 7);
+    AMX_LOAD(5, a + 16 * x->lda, x->lda);
+    AMX_DOT(2, 5, 6);
+    AMX_DOT(3, 5, 7);
+    if (++x->step < x->steps) return;
+    const int64_t stride = 4 * x->ldc;
+    AMX_STORE(0, x->c, stride);
+    AMX_STORE(1, x->c + 16, stride);
+    AMX_STORE(2, x->c + 16 * x->ldc, stride);
+    AMX_STORE(3, x->c + 16 * x->ldc + 16, stride);
+    x->step = 0;
+    x->b += x->b_next;
+    x->c += 32;
+    x->blocks--;
 }
 
-/* acc = p v: values are rows of pairs of tokens, lda of them from one to the next. */
-static void block_values(float *acc, int64_t lda, const float *p, int64_t rows, const void *values,
-                         int n, int dim) {
-    const int64_t stride = lda * 4, ldp = RF_BLOCK_LD * 4;
-    const char *at = (const char *)p, *v = values;
-    const amx_tiles rows2[2] = {{at, ldp, 64}, {at + 16 * ldp, ldp, 64}};
-    for (int c = 0; c < rf_pad_dim(dim); c += 32, v += 128) {
-        const amx_tiles pairs[2] = {{v, stride, 16 * stride}, {v + 64, stride, 16 * stride}};
-        amx_blocks(rows2, pairs, rows > 16 ? 2 : 1, 2, amx_steps(n), acc + c, lda, 0, NULL, 0);
-    }
+RF_INLINE int block_tokens(int n) { return (n + 31) / 32 * 32; }
+
+RF_INLINE amx_product scores_of(const rf_part *x, const rf_block *block) {
+    const int steps = amx_steps(x->dim);
+    return (amx_product){.a = block->q,
+                         .b = x->keys,
+                         .lda = 2 * x->ldq,
+                         .b_beside = steps * 4 * AMX_TILE,
+                         .b_below = 4 * AMX_TILE,
+                         .b_next = steps * 8 * AMX_TILE,
+                         .c = block->s,
+                         .ldc = RF_BLOCK_LD,
+                         .steps = steps,
+                         .blocks = block_tokens(block->n) / 32};
+}
+RF_INLINE amx_product values_of(const rf_part *x, const rf_block *block) {
+    const int used = (int)rf_pad_dim(x->v_dim);
+    return (amx_product){.a = (const char *)block->s,
+                         .b = x->values,
+                         .lda = 4 * RF_BLOCK_LD,
+                         .b_beside = 4 * AMX_TILE,
+                         .b_below = used / 16 * 4 * AMX_TILE,
+                         .b_next = 8 * AMX_TILE,
+                         .c = block->acc,
+                         .ldc = x->lda,
+                         .steps = block_tokens(block->n) / 32,
+                         .blocks = used / 32};
 }
 
 /* 2^x within 1e-7, for x up to 0; 0 below 2^-125. Adding 1.5 * 2^23 rounds to an integer, whose
@@ -55,40 +99,57 @@ RF_INLINE vf block_exp2(vf x) {
     return _mm512_castsi512_ps(_mm512_maskz_add_epi32(seen, _mm512_castps_si512(p), n));
 }
 
-/* Four rows at a time: their reductions share the shuffles. */
-static void block_softmax(float *s, int64_t rows, int n, float factor, float *max, float *sum,
-                          const float *scale) {
-    const vf f = vf_set1(factor);
-    const int full = (n + 31) / 32 * 32;
-    for (int64_t r = 0; r < rows; r += 4) {
-        vf x[4];
-        float *at = s + r * RF_BLOCK_LD;
-        for (int j = 0; j < 4; j++) x[j] = vf_set1(-INFINITY);
-        for (int t = 0; t < full; t += 16)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) x[j] = vf_max(vf_load(at + j * RF_BLOCK_LD + t), x[j]);
-        vf_hmax4(x, max + r);
-        for (int j = 0; j < 4; j++) {
-            float *row = at + j * RF_BLOCK_LD;
-            const float top = max[r + j] * factor;
-            const vf shift = vf_set1(top == -INFINITY ? 0.0f : top); /* nothing seen: all are 0 */
-            vf total = vf_zero(), other = vf_zero();
-            max[r + j] = top;
-            for (int t = 0; t < full; t += 32) {
-                vf a = block_exp2(_mm512_fmsub_ps(vf_load(row + t), f, shift));
-                vf b = block_exp2(_mm512_fmsub_ps(vf_load(row + t + 16), f, shift));
-                total = vf_add(total, a);
-                other = vf_add(other, b);
-                if (scale) {
-                    a = vf_mul(a, vf_load(scale + t));
-                    b = vf_mul(b, vf_load(scale + t + 16));
-                }
-                _mm512_storeu_si512(row + t / 2, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-            }
-            x[j] = vf_add(total, other);
+/* Probabilities of a row, which are pairs of bfloat16 afterwards, in its place. The sum by lanes.
+ */
+RF_INLINE vf block_row(float *row, int full, vf factor, vf shift, const float *scale) {
+    vf total = vf_zero(), other = vf_zero();
+    for (int t = 0; t < full; t += 32) {
+        vf a = block_exp2(_mm512_fmsub_ps(vf_load(row + t), factor, shift));
+        vf b = block_exp2(_mm512_fmsub_ps(vf_load(row + t + 16), factor, shift));
+        total = vf_add(total, a);
+        other = vf_add(other, b);
+        if (scale) {
+            a = vf_mul(a, vf_load(scale + t));
+            b = vf_mul(b, vf_load(scale + t + 16));
         }
-        vf_hsum4(x, sum + r);
+        _mm512_storeu_si512(row + t / 2, (__m512i)_mm512_cvtne2ps_pbh(b, a));
     }
+    return vf_add(total, other);
+}
+
+static void run_blocks(const rf_part *x, const rf_block *first, const rf_block *second,
+                       const rf_block *third) {
+    amx_product todo[2] = {{0}, {0}};
+    if (first) todo[0] = values_of(x, first);
+    if (third) todo[1] = scores_of(x, third);
+    amx_product *now = todo, *const end = todo + 2;
+    if (second) {
+        const int all = todo[0].blocks * todo[0].steps + todo[1].blocks * todo[1].steps;
+        const int full = block_tokens(second->n);
+        const vf factor = vf_set1(second->factor);
+        for (int r = 0, done = 0; r < RF_BLOCK_ROWS; r += 4) {
+            vf v[4];
+            float *at = second->s + r * RF_BLOCK_LD, *max = second->max + r;
+            for (int j = 0; j < 4; j++) v[j] = vf_set1(-INFINITY);
+            for (int t = 0; t < full; t += 16)
+#pragma GCC unroll 4
+                for (int j = 0; j < 4; j++) v[j] = vf_max(vf_load(at + j * RF_BLOCK_LD + t), v[j]);
+            vf_hmax4(v, max);
+            for (int j = 0; j < 4; j++) {
+                max[j] *= second->factor;
+                const vf shift = vf_set1(max[j] == -INFINITY ? 0.0f : max[j]); /* all are 0 then */
+                v[j] = block_row(at + j * RF_BLOCK_LD, full, factor, shift, x->scale);
+                for (; done < all * (r + j + 1) / RF_BLOCK_ROWS; done++) {
+                    while (now->blocks == 0) now++;
+                    amx_step(now);
+                }
+            }
+            vf_hsum4(v, second->sum + r);
+        }
+        return;
+    }
+    for (; now < end; now++)
+        while (now->blocks) amx_step(now);
 }
 
 #endif

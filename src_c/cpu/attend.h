@@ -39,9 +39,9 @@ static int64_t score_floats(int64_t head_rows, int64_t heads) {
     return (heads * head_rows + 4) * RF_FEW_LD; /* rows are handled by four */
 }
 
-/* A part's keys and values as pairs, and a block's scores. */
+/* A part's keys and values as pairs, and the scores of two blocks. */
 static int64_t block_floats(int64_t q_dim, int64_t v_dim) {
-    return RF_PART / 2 * (q_dim + v_dim) + RF_BLOCK_ROWS * RF_BLOCK_LD;
+    return RF_PART / 2 * (q_dim + v_dim) + 2 * RF_BLOCK_ROWS * RF_BLOCK_LD;
 }
 
 static int64_t scratch_floats(const rf_attention_params *p, int64_t rows, int64_t heads) {
@@ -288,62 +288,91 @@ static void prefetch_tokens(const rf_work *w, const rf_tile *t, int h, int from,
     }
 }
 
-/* A part by blocks of rows: the states of the heads, where `st` is fresh, else added to it. later:
+/* A block on its way through the products. */
+typedef struct rf_flow {
+    rf_block block;
+    rf_state whole;  /* what it becomes, or is added to */
+    int64_t r, rows; /* the head's rows from r on */
+} rf_flow;
+
+/* Scores become masked logits. */
+static void finish_scores(const rf_work *w, const rf_tile *t, const rf_logits *head, rf_flow *x) {
+    rf_block *b = &x->block;
+    if (w->change || !(b->factor > 0.0f)) { /* else the largest score is the largest logit */
+        for (int64_t i = 0; i < RF_BLOCK_ROWS * RF_BLOCK_LD; i += RF_W)
+            vf_store(b->s + i, vf_mul(vf_load(b->s + i), vf_set1(b->factor)));
+        b->factor = 1.0f;
+    }
+    if (w->change) {
+        rf_logits l = *head;
+        l.slope += x->r;
+        l.query += x->r;
+        logits_few(b->s, RF_BLOCK_LD, b->n, x->rows, &l);
+    }
+    mask_block(w, t, x->r, x->rows, b->n, b->s);
+}
+
+/* A part by blocks of rows, of one head: its states, where `st` is fresh, else added to it. later:
  * room for a block's state. */
-static void add_part(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state st, int fresh,
-                     float *later) {
+static void add_blocks(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state st, int fresh,
+                       float *later, int h) {
     const rf_attention_params *p = w->p;
     const rf_blocks *f = w->f->blocks;
     const rf_shape *s = &w->shape;
     const int size = rf_size[p->kv_dtype], all = t->n;
-    float *const keys = w->wide, *const values = keys + RF_PART / 2 * s->q_dim;
-    float *const scores = values + RF_PART / 2 * s->v_dim;
-    const rf_state block = state_at(later, RF_BLOCK_ROWS, s->v_dim);
-    for (int h = 0; h < s->heads; h++) {
-        const rf_phase k = {at_head(w->k, &p->k, size, h), t->k, NULL, all, p->head_dim};
-        const rf_phase v = {at_head(w->v, &p->v, size, h), t->v, NULL, all, p->v_head_dim};
-        f->pack_keys(&k, keys);
-        f->pack_values(&v, values, s->v_dim);
-        const float scale =
-            p->scale * RF_LOG2E * head_scale(p, w->f, &p->k_scale, w->task->head + h);
-        const float *v_scale =
-            token_scales(p, &p->v_scale, t->v_scale, all, w->task->head + h, w->v_scale);
-        rf_logits logits = {0};
-        if (w->change) logits = logits_of(w, t, h);
-        const char *q = w->q + h * s->head_rows * s->q_dim * w->f->query_size;
-        for (int64_t r = 0; r < s->rows; r += RF_BLOCK_ROWS) {
-            const int64_t rows =
-                r + RF_BLOCK_ROWS < s->head_rows ? RF_BLOCK_ROWS : s->head_rows - r;
-            const int64_t used = r + rows < s->rows ? rows : s->rows - r;
-            const int64_t at = h * s->head_rows + r, last = (r + used - 1) / s->group;
-            const int n = tokens_before(t, rf_visible(p, &w->seq, w->task->q0 + last));
+    const rf_phase k = {at_head(w->k, &p->k, size, h), t->k, NULL, all, p->head_dim};
+    const rf_phase v = {at_head(w->v, &p->v, size, h), t->v, NULL, all, p->v_head_dim};
+    rf_part part = {.keys = w->wide, .ldq = s->q_dim, .lda = s->v_dim};
+    part.values = w->wide + RF_PART / 2 * s->q_dim;
+    part.scale = token_scales(p, &p->v_scale, t->v_scale, all, w->task->head + h, w->v_scale);
+    part.dim = p->head_dim;
+    part.v_dim = p->v_head_dim;
+    float *const scores = (float *)part.values + RF_PART / 2 * s->v_dim;
+    float *const states = later + RF_BLOCK_ROWS * s->v_dim;
+    const float factor = p->scale * RF_LOG2E * head_scale(p, w->f, &p->k_scale, w->task->head + h);
+    rf_logits logits = {0};
+    if (w->change) logits = logits_of(w, t, h);
+    f->pack(&k, &v, &part);
+
+    rf_flow flow[3], *first = NULL, *second = NULL;
+    for (int64_t r = 0, made = 0; r < s->rows || first || second; r += RF_BLOCK_ROWS) {
+        rf_flow *third = NULL;
+        if (r < s->rows) {
+            const int64_t rows = r + RF_BLOCK_ROWS < s->rows ? RF_BLOCK_ROWS : s->rows - r;
+            const int64_t at = h * s->head_rows + r, last = (r + rows - 1) / s->group;
             const rf_state whole = {st.acc + at * s->v_dim, st.max + at, st.sum + at};
-            const rf_state to = fresh ? whole : block;
-            float factor = scale;
+            const int n = tokens_before(t, rf_visible(p, &w->seq, w->task->q0 + last));
             if (next)
                 prefetch_tokens(w, next, h, (int)(next->n * r / s->rows),
-                                (int)(next->n * (r + used) / s->rows));
-            if (n == 0) {
-                if (fresh) memset(to.acc, 0, (size_t)(rows * s->v_dim) * sizeof(float));
+                                (int)(next->n * (r + rows) / s->rows));
+            if (n == 0) { /* and so it was for all before */
+                const size_t sums = (size_t)(RF_BLOCK_ROWS * s->v_dim);
+                if (fresh) memset(whole.acc, 0, sums * sizeof(float));
                 continue;
             }
-            f->scores(q + r * s->q_dim * w->f->query_size, s->q_dim, rows, keys, n, p->head_dim,
-                      scores);
-            if (w->change || !(factor > 0.0f)) { /* else it does not change which is the largest */
-                for (int64_t i = 0; i < rows * RF_BLOCK_LD; i += RF_W)
-                    vf_store(scores + i, vf_mul(vf_load(scores + i), vf_set1(factor)));
-                factor = 1.0f;
-            }
-            if (w->change) {
-                logits_few(scores, RF_BLOCK_LD, n, rows, &logits);
-                logits.slope += rows;
-                logits.query += rows;
-            }
-            mask_block(w, t, r, used, n, scores);
-            f->softmax(scores, rows, n, factor, to.max, to.sum, v_scale);
-            f->values(to.acc, s->v_dim, scores, rows, values, n, p->v_head_dim);
-            if (!fresh) fold_state(whole, block, 1, rows, used, s->v_dim, s->used);
+            float *const max = states + made % 3 * 2 * RF_BLOCK_ROWS;
+            third = &flow[made++ % 3];
+            *third = (rf_flow){.whole = whole, .r = r, .rows = rows};
+            third->block = (rf_block){
+                .q = w->q + at * s->q_dim * w->f->query_size,
+                .s = scores + made % 2 * RF_BLOCK_ROWS * RF_BLOCK_LD,
+                .acc = fresh ? whole.acc : later,
+                .max = fresh ? whole.max : max,
+                .sum = fresh ? whole.sum : max + RF_BLOCK_ROWS,
+                .factor = factor,
+                .n = n,
+            };
         }
+        f->run(&part, first ? &first->block : NULL, second ? &second->block : NULL,
+               third ? &third->block : NULL);
+        if (first && !fresh) {
+            const rf_block *b = &first->block;
+            const rf_state own = {b->acc, b->max, b->sum};
+            fold_state(first->whole, own, 1, RF_BLOCK_ROWS, first->rows, s->v_dim, s->used);
+        }
+        if (third) finish_scores(w, t, &logits, third);
+        first = second;
+        second = third;
     }
 }
 
@@ -418,7 +447,8 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
                           next);
             }
             if (t->n == 0) continue;
-            if (s->blocks) add_part(&w, t, next, st, fresh, later);
+            if (s->blocks)
+                for (int h = 0; h < s->heads; h++) add_blocks(&w, t, next, st, fresh, later, h);
             else add_tile(&w, t, next, st, fresh);
             fresh = 0;
         }

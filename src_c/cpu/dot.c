@@ -296,7 +296,7 @@ static void softmax_pairs(float *s, int64_t ld, int n, float *max, float *sum, f
      .values_few = pv_few_##kv,                                                                    \
      .values_many = pv_many_##unit##_##kv,                                                         \
      .finish = finish_##kv,                                                                        \
-     .blocks = in_blocks ? &blocks_##kv : NULL,                                                      \
+     .blocks = in_blocks ? &blocks_##kv : NULL,                                                    \
      .begin = begin_,                                                                              \
      .end = end_}
 #define RF_DOT_ALL(...)                                                                            \

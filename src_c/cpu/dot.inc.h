@@ -318,49 +318,44 @@ static void NAME(pv_many_amx)(float *acc, int64_t lda, const float *alpha, float
     amx_values(acc, lda, alpha, (uint32_t *)(void *)p, ld, work, x->n, x->dim);
 }
 
-/* Sixteen tokens at a time, transposed: tiles of B, one after the other along the elements. */
-static void NAME(pack_keys)(const rf_phase *x, void *keys) {
+/* Keys transposed, values in pairs of tokens: tiles of B. Past the end keys are the last token, and
+ * values zero, since zero times what is not there must be zero. */
+static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
     const rf_table table = table_of(RF_TABLE);
-    const int used = RF_WORDS ? 32 * amx_steps(x->dim) : (int)rf_pad_dim(x->dim);
-    uint32_t *to = keys;
-    for (int t = 0; t < x->n; t += 16)
-        for (int c = 0; c < used; c += 64) {
+    uint32_t *to = x->keys;
+    for (int t = 0; t < block_tokens(k->n); t += 16)
+        for (int c = 0; c < k->dim; c += 64) {
             _Alignas(64) uint32_t rows[16 * 32];
-            for (int i = 0; i < 16; i++) { /* past the end: the last token */
+            for (int i = 0; i < 16; i++) {
+                const int token = t + i < k->n ? t + i : k->n - 1;
                 __m512i a, b;
-                NAME(words)(&table, (const T *)(const void *)x->base + x->off[t + i] + c,
-                            x->dim - c, &a, &b);
+                NAME(words)(&table, (const T *)(const void *)k->base + k->off[token] + c,
+                            k->dim - c, &a, &b);
                 _mm512_store_si512(rows + 32 * i, a);
                 _mm512_store_si512(rows + 32 * i + 16, b);
             }
             amx_transpose(rows, 32, to);
             to += AMX_TILE;
-            if (used - c <= 32) continue;
+            if (amx_steps(x->dim) * 32 - c <= 32) continue;
             amx_transpose(rows + 16, 32, to);
             to += AMX_TILE;
         }
+    const T *base = (const T *)(const void *)v->base;
+    const int64_t tiles = rf_pad_dim(v->dim) / 16;
+    for (int t = 0; t < block_tokens(v->n); t += 2)
+        for (int c = 0; c < v->dim; c += 64) {
+            __m512i pairs[4] = {0};
+            const int second = t + 1 < v->n ? t + 1 : t; /* its probability is 0 */
+            if (t < v->n)
+                NAME(pairs)(&table, base + v->off[t] + c, base + v->off[second] + c, v->dim - c,
+                            pairs);
+            uint32_t *at =
+                (uint32_t *)x->values + (t / 32 * tiles + c / 16) * AMX_TILE + t / 2 % 16 * 16;
+            for (int j = 0; j < 4; j++) _mm512_storeu_si512(at + j * AMX_TILE, pairs[j]);
+        }
 }
 
-static void NAME(pack_block_values)(const rf_phase *x, void *values, int64_t ld) {
-    uint32_t *to = values;
-    NAME(pack_values)(x, to, ld);
-    for (int i = (x->n + 1) / 2; i % 16; i++) /* zero times what is not there must be zero */
-        memset(to + i * ld, 0, (size_t)ld * 4);
-}
-
-static void NAME(block_scores)(const void *q, int64_t ldq, int64_t rows, const void *keys, int n,
-                               int dim, float *s) {
-    block_scores(q, ldq, rows, keys, n, RF_WORDS ? dim : (int)rf_pad_dim(dim), s);
-}
-
-static const rf_blocks NAME(blocks) = {
-    .rows = 256,
-    .pack_keys = NAME(pack_keys),
-    .pack_values = NAME(pack_block_values),
-    .scores = NAME(block_scores),
-    .softmax = block_softmax,
-    .values = block_values,
-};
+static const rf_blocks NAME(blocks) = {.rows = 256, .pack = NAME(pack), .run = run_blocks};
 
 /* A row of sums, times f, as the output. */
 static void NAME(finish)(const float *acc, int dim, float f, void *out) {

@@ -59,8 +59,10 @@ static inline int64_t rf_state_floats(int64_t rows, int64_t v_head_dim) {
     return rows * rf_pad_dim(v_head_dim) + 2 * rf_pad_rows(rows);
 }
 
-/* Rows that a head takes in scratch and states: with many, whole vectors of them. */
+/* Rows that a head takes in scratch and states: with many, whole vectors of them, or blocks. */
 static inline int64_t rf_head_rows(int64_t rows) {
+    if (rows >= RF_BLOCK_ROWS_FROM)
+        return (rows + RF_BLOCK_ROWS - 1) & ~(int64_t)(RF_BLOCK_ROWS - 1);
     return rows < RF_MANY_ROWS ? rows : rf_pad_rows(rows);
 }
 

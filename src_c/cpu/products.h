@@ -18,24 +18,35 @@ typedef struct rf_phase {
     int dim; /* elements of a vector */
 } rf_phase;
 
-/* The products by blocks of rows, over a whole part of the context, whose keys and values are
- * packed once for all of a task's blocks. Scores are s[row * RF_BLOCK_LD + token], not yet times
- * `factor`.
+/* A block of RF_BLOCK_ROWS rows, and the n tokens of a part that one of them sees. Scores are
+ * s[row * RF_BLOCK_LD + token], not yet times `factor`; -inf from n on to whole pairs of vectors.
  */
+typedef struct rf_block {
+    const void *q; /* rows of queries */
+    float *s;
+    float *acc, *max, *sum; /* its state */
+    float factor;
+    int n;
+} rf_block;
+
+/* A head's part of the context. */
+typedef struct rf_part {
+    void *keys, *values; /* packed */
+    const float *scale;  /* factors of each token's values, or NULL */
+    int64_t ldq, lda;    /* elements from one row of queries to the next, and of sums */
+    int dim, v_dim;
+} rf_part;
+
+/* The products by blocks of rows, over a whole part of the context, whose keys and values are
+ * packed once for all blocks of a task. */
 typedef struct rf_blocks {
     int rows; /* of a task, at most, unless one query token has more */
-    void (*pack_keys)(const rf_phase *x, void *keys);
-    void (*pack_values)(const rf_phase *x, void *values, int64_t ld);
-    /* Of `rows` rows, ldq elements each, with the first n tokens. */
-    void (*scores)(const void *q, int64_t ldq, int64_t rows, const void *keys, int n, int dim,
-                   float *s);
-    /* The first state of a part: max, sum, and probabilities as `values` reads them. -inf is
-     * expected from the n-th token to whole pairs of vectors. scale: as for softmax_many. */
-    void (*softmax)(float *s, int64_t rows, int n, float factor, float *max, float *sum,
-                    const float *scale);
-    /* acc = p v. */
-    void (*values)(float *acc, int64_t lda, const float *p, int64_t rows, const void *values, int n,
-                   int dim);
+    void (*pack)(const rf_phase *k, const rf_phase *v, const rf_part *x);
+    /* What can be done at the same time for three blocks that follow each other: the values of the
+     * first, which end its state; the softmax of the second; the scores of the third. Each may be
+     * NULL. The third may have the first one's place for scores. */
+    void (*run)(const rf_part *x, const rf_block *first, const rf_block *second,
+                const rf_block *third);
 } rf_blocks;
 
 /* Rows of queries are query_size bytes an element, and a tile's scores have one of the two forms in
