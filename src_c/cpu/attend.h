@@ -15,7 +15,7 @@ static const int8_t rf_size[RF_NUM_DTYPES] = {4, 2, 2, 1, 1, 1};
 typedef struct rf_shape {
     int64_t group, rows, head_rows, all; /* all: head_rows of all heads */
     int64_t q_dim, v_dim, used;          /* used: of v_dim, what the kernels write */
-    int heads, many, blocks;             /* blocks: of RF_BLOCK_ROWS rows */
+    int heads, many, blocks;
 } rf_shape;
 
 static rf_shape shape_of(const rf_attention_params *p, const rf_products *f, int64_t num_q,

@@ -335,10 +335,8 @@ static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
                 _mm512_store_si512(rows + 32 * i + 16, b);
             }
             amx_transpose(rows, 32, to);
-            to += AMX_TILE;
-            if (amx_steps(x->dim) * 32 - c <= 32) continue;
-            amx_transpose(rows + 16, 32, to);
-            to += AMX_TILE;
+            amx_transpose(rows + 16, 32, to + AMX_TILE);
+            to += 2 * AMX_TILE;
         }
     const T *base = (const T *)(const void *)v->base;
     const int64_t tiles = rf_pad_dim(v->dim) / 16;
