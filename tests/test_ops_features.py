@@ -1,6 +1,7 @@
 """Every feature of attention with every type and every instruction set, against the oracle."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -371,6 +372,29 @@ def test_bits_do_not_depend_on_the_batch_or_the_threads(dtype, kv_dtype, options
     if problem.k_scale is not None:
         moved |= {name: getattr(problem, name)[order] for name in ("k_scale", "v_scale")}
     np.testing.assert_array_equal(run(problem.but(block_table=table, **moved)), want)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("kv_dtype", [BFLOAT16, *EIGHT_BIT], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [*OPTIONS, {"scale": -0.1}, {"causal": False, "window_size": (270, 30)}],
+    ids=["plain", "window-sinks", "cap-alibi", "negative", "both-sides"],
+)
+def test_prompts_over_several_parts(kv_dtype, options, threads):
+    """Chunks of prompts, whose rows are many blocks: right, and the same bits however split."""
+    problem = make(
+        BFLOAT16, [700, 513, 40, 300], [150, 97, 40, 1], heads=(8, 2), kv_dtype=kv_dtype, holes=0.1
+    )
+    problem = problem.but(options=options)
+    threads(1)
+    check(problem)
+    want = bits(problem.call(paged_attention))
+    threads(3)
+    np.testing.assert_array_equal(bits(problem.call(paged_attention)), want)
+    for i, (start, stop) in enumerate(itertools.pairwise(problem.cu_seqlens_q)):
+        got = bits(problem.only(i).call(paged_attention))
+        np.testing.assert_array_equal(got, want[start:stop])
 
 
 # ---------------------------------------------------------------- merging

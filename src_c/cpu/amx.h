@@ -12,13 +12,12 @@
  * The tests run this very code, on processors with AMX or emulated (tests/c/amx_emulator.c).
  *
  * Learnt on a Xeon (16 cycles a product of tiles whatever its size, 8 a load from the first level):
- * the products alone would be a tenth of prefill's time. By a sampling profile 28% is in
- * amx_values, mostly waiting for tiles to be loaded, 24% in amx_scores, 20% softmax, 12% packing.
- * Tiles of 128 tokens, half as many loads and stores of sums, gained 6% there and lost 1% to 12% in
- * verification. Values packed as contiguous tiles instead of rows: 3% there, minus 3% here.
- * With fewer than 12 rows, sixteen keys times so many queries, and so many rows of probabilities
- * times packed values: as fast as AVX-512 in the caches, where the fetching ahead takes a third of
- * it, and 0.83 of it from memory over bfloat16 and int8. */
+ * with 64 rows the products alone would be a tenth of the time, the rest is loads of tiles,
+ * softmax, transposing and packing; so heads with many more rows go by amx_block.h. Tiles of 128
+ * tokens, half as many loads and stores of sums, lost 1% to 12% in verification. With fewer than 12
+ * rows, sixteen keys times so many queries, and so many rows of probabilities times packed values:
+ * as fast as AVX-512 in the caches, where the fetching ahead takes a third of it, and 0.83 of it
+ * from memory over bfloat16 and int8. */
 #ifndef RF_CPU_AMX_H
 #define RF_CPU_AMX_H
 

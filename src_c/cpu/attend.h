@@ -15,7 +15,7 @@ static const int8_t rf_size[RF_NUM_DTYPES] = {4, 2, 2, 1, 1, 1};
 typedef struct rf_shape {
     int64_t group, rows, head_rows, all; /* all: head_rows of all heads */
     int64_t q_dim, v_dim, used;          /* used: of v_dim, what the kernels write */
-    int heads, many;
+    int heads, many, blocks;
 } rf_shape;
 
 static rf_shape shape_of(const rf_attention_params *p, const rf_products *f, int64_t num_q,
@@ -27,6 +27,7 @@ static rf_shape shape_of(const rf_attention_params *p, const rf_products *f, int
     s.heads = heads;
     s.all = heads * s.head_rows;
     s.many = s.rows >= RF_MANY_ROWS;
+    s.blocks = f->blocks && s.rows >= RF_BLOCK_ROWS_FROM;
     s.q_dim = rf_pad_dim(p->head_dim);
     s.v_dim = rf_pad_dim(p->v_head_dim);
     s.used = (p->v_head_dim + f->chunk - 1) / f->chunk * f->chunk;
@@ -38,27 +39,35 @@ static int64_t score_floats(int64_t head_rows, int64_t heads) {
     return (heads * head_rows + 4) * RF_FEW_LD; /* rows are handled by four */
 }
 
+/* A part's keys and values as pairs, and the scores of two blocks. */
+static int64_t block_floats(int64_t q_dim, int64_t v_dim) {
+    return RF_PART / 2 * (q_dim + v_dim) + 2 * RF_BLOCK_ROWS * RF_BLOCK_LD;
+}
+
 static int64_t scratch_floats(const rf_attention_params *p, int64_t rows, int64_t heads) {
     const int64_t head_rows = rf_head_rows(rows), all = heads * head_rows;
     const int64_t q_dim = rf_pad_dim(p->head_dim), v_dim = rf_pad_dim(p->v_head_dim);
     const int64_t row = q_dim > v_dim ? q_dim : v_dim;
+    int64_t work = rows < RF_MANY_ROWS ? row : RF_MANY_TILE * row;
+    if (rows >= RF_BLOCK_ROWS_FROM && work < block_floats(q_dim, v_dim))
+        work = block_floats(q_dim, v_dim);
     return all * q_dim + 2 * rf_state_floats(all, p->v_head_dim) + score_floats(head_rows, heads) +
-           3 * rf_pad_rows(all) + 3 * RF_TILE_TOKENS +
-           (rows < RF_MANY_ROWS ? row : RF_MANY_TILE * row);
+           3 * rf_pad_rows(all) + 3 * RF_TILE_TOKENS + work;
 }
 
-/* The queries of a head, as rows, or with many rows as columns: q[unit * head_rows + row], a unit
- * being 4 bytes. */
+/* The queries of a head, as rows, or with many rows not in blocks as columns: q[unit * head_rows +
+ * row], a unit being 4 bytes. */
 static void load_queries(const rf_attention_params *p, const rf_products *f, const rf_shape *s,
                          int64_t token, int32_t head, char *q, float *work) {
     const int size = rf_size[p->dtype];
     const char *from = p->query.data;
+    const int columns = s->many && !s->blocks;
     if (s->many) memset(q, 0, (size_t)(s->head_rows * s->q_dim) * 4);
     for (int64_t r = 0; r < s->rows; r++) {
         const char *row = from + ((token + r / s->group) * p->query.token_stride +
                                   (head * s->group + r % s->group) * p->query.head_stride) *
                                      size;
-        if (!s->many) {
+        if (!columns) {
             f->query(row, p->head_dim, q + r * s->q_dim * f->query_size);
             continue;
         }
@@ -82,7 +91,7 @@ static const float *token_scales(const rf_attention_params *p, const rf_scales *
                                  const int64_t *off, int n, int64_t head, float *out) {
     if (!scales_by_token(p, s)) return NULL;
     for (int t = 0; t < n; t++) out[t] = s->data[off[t] + head * s->head_stride];
-    for (int t = n; t < n + RF_SLACK; t++) out[t] = 0.0f; /* whole vectors are read */
+    for (int t = n; t % 32; t++) out[t] = 0.0f; /* whole pairs of vectors are read */
     return out;
 }
 
@@ -158,7 +167,7 @@ RF_INLINE float *scores_at(const rf_work *w, int h) {
 }
 
 /* Scale by token, soft cap and ALiBi, of one head. */
-static void change_logits(rf_work *w, const rf_tile *t, int h, float *s) {
+static rf_logits logits_of(rf_work *w, const rf_tile *t, int h) {
     const rf_attention_params *p = w->p;
     const rf_shape *shape = &w->shape;
     rf_logits l = {
@@ -175,8 +184,7 @@ static void change_logits(rf_work *w, const rf_tile *t, int h, float *s) {
         for (int i = t->n; i < t->n + RF_SLACK; i++) w->key[i] = 0.0f;
         for (int64_t r = 0; r < shape->rows; r++) w->position[r] = (float)(own + r / shape->group);
     }
-    if (shape->many) logits_many(s, shape->head_rows, t->n, &l);
-    else logits_few(s, t->n, shape->rows, &l);
+    return l;
 }
 
 RF_INLINE const char *at_head(const char *base, const rf_paged *pool, int size, int h) {
@@ -194,7 +202,11 @@ static void score_head(rf_work *w, const rf_tile *t, int h, rf_ahead ahead) {
     const rf_phase x = {at_head(w->k, &p->k, size, h), t->k, ahead, n, p->head_dim};
     if (s->many) w->f->scores_many(q, s->head_rows, &x, factor, to, w->wide);
     else w->f->scores_few(q, s->q_dim, &x, s->rows, factor, to);
-    if (w->change) change_logits(w, t, h, to);
+    if (w->change) {
+        const rf_logits l = logits_of(w, t, h);
+        if (s->many) logits_many(to, s->head_rows, n, &l);
+        else logits_few(to, RF_FEW_LD, n, s->rows, &l);
+    }
     mask_scores(p, s, &w->seq, w->task->q0, w->task->num_q, t, to);
 }
 
@@ -243,6 +255,127 @@ static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state
     }
 }
 
+/* As mask_scores, of rows from r0 on; up to whole pairs of vectors. */
+static void mask_block(const rf_work *w, const rf_tile *t, int64_t r0, int64_t rows, int n,
+                       float *s) {
+    const rf_attention_params *p = w->p;
+    const int full = (n + 31) / 32 * 32;
+    const int64_t new = w->seq.kv_len - w->seq.q_len; /* position of the first new token */
+    for (int64_t r = r0; r < r0 + rows; r++, s += RF_BLOCK_LD) {
+        const int64_t i = w->task->q0 + r / w->shape.group;
+        const int64_t first = rf_first(p, &w->seq, i);
+        const int from = t->pos[0] >= first ? 0 : tokens_before(t, first);
+        const int to = tokens_before(t, rf_visible(p, &w->seq, i));
+        for (int j = 0; j < from && j < n; j++) s[j] = -INFINITY;
+        for (int j = to < n ? to : n; j < full; j++) s[j] = -INFINITY;
+        if (!p->mask || t->pos[n - 1] < new) continue;
+        const uint8_t *mask = p->mask + (w->seq.q_start + i) * p->mask_stride;
+        for (int j = 0; j < n; j++)
+            if (t->pos[j] >= new && !mask[t->pos[j] - new]) s[j] = -INFINITY;
+    }
+}
+
+/* Brings tokens from .. to - 1 of a head nearer. */
+static void prefetch_tokens(const rf_work *w, const rf_tile *t, int h, int from, int to) {
+    const rf_attention_params *p = w->p;
+    const int size = rf_size[p->kv_dtype];
+    const char *k = at_head(w->k, &p->k, size, h), *v = at_head(w->v, &p->v, size, h);
+    for (int i = from; i < to; i++) {
+        for (int at = 0; at < p->head_dim * size; at += 64)
+            __builtin_prefetch(k + t->k[i] * size + at, 0, 2);
+        for (int at = 0; at < p->v_head_dim * size; at += 64)
+            __builtin_prefetch(v + t->v[i] * size + at, 0, 2);
+    }
+}
+
+/* A block on its way through the products. */
+typedef struct rf_flow {
+    rf_block block;
+    rf_state whole;  /* what it becomes, or is added to */
+    int64_t r, rows; /* the head's rows from r on */
+} rf_flow;
+
+/* Scores become masked logits. */
+static void finish_scores(const rf_work *w, const rf_tile *t, const rf_logits *head, rf_flow *x) {
+    rf_block *b = &x->block;
+    if (w->change || !(b->factor > 0.0f)) { /* else the largest score is the largest logit */
+        for (int64_t i = 0; i < RF_BLOCK_ROWS * RF_BLOCK_LD; i += RF_W)
+            vf_store(b->s + i, vf_mul(vf_load(b->s + i), vf_set1(b->factor)));
+        b->factor = 1.0f;
+    }
+    if (w->change) {
+        rf_logits l = *head;
+        l.slope += x->r;
+        l.query += x->r;
+        logits_few(b->s, RF_BLOCK_LD, b->n, x->rows, &l);
+    }
+    mask_block(w, t, x->r, x->rows, b->n, b->s);
+}
+
+/* A part by blocks of rows, of one head: its states, where `st` is fresh, else added to it. later:
+ * room for a block's state. */
+static void add_blocks(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state st, int fresh,
+                       float *later, int h) {
+    const rf_attention_params *p = w->p;
+    const rf_blocks *f = w->f->blocks;
+    const rf_shape *s = &w->shape;
+    const int size = rf_size[p->kv_dtype], all = t->n;
+    const rf_phase k = {at_head(w->k, &p->k, size, h), t->k, NULL, all, p->head_dim};
+    const rf_phase v = {at_head(w->v, &p->v, size, h), t->v, NULL, all, p->v_head_dim};
+    rf_part part = {.keys = w->wide, .ldq = s->q_dim, .lda = s->v_dim};
+    part.values = w->wide + RF_PART / 2 * s->q_dim;
+    part.scale = token_scales(p, &p->v_scale, t->v_scale, all, w->task->head + h, w->v_scale);
+    part.dim = p->head_dim;
+    part.v_dim = p->v_head_dim;
+    float *const scores = (float *)part.values + RF_PART / 2 * s->v_dim;
+    float *const states = later + RF_BLOCK_ROWS * s->v_dim;
+    const float factor = p->scale * RF_LOG2E * head_scale(p, w->f, &p->k_scale, w->task->head + h);
+    rf_logits logits = {0};
+    if (w->change) logits = logits_of(w, t, h);
+    f->pack(&k, &v, &part);
+
+    rf_flow flow[3], *first = NULL, *second = NULL;
+    for (int64_t r = 0, made = 0; r < s->rows || first || second; r += RF_BLOCK_ROWS) {
+        rf_flow *third = NULL;
+        if (r < s->rows) {
+            const int64_t rows = r + RF_BLOCK_ROWS < s->rows ? RF_BLOCK_ROWS : s->rows - r;
+            const int64_t at = h * s->head_rows + r, last = (r + rows - 1) / s->group;
+            const rf_state whole = {st.acc + at * s->v_dim, st.max + at, st.sum + at};
+            const int n = tokens_before(t, rf_visible(p, &w->seq, w->task->q0 + last));
+            if (next)
+                prefetch_tokens(w, next, h, (int)(next->n * r / s->rows),
+                                (int)(next->n * (r + rows) / s->rows));
+            if (n == 0) { /* and so it was for all before */
+                const size_t sums = (size_t)(RF_BLOCK_ROWS * s->v_dim);
+                if (fresh) memset(whole.acc, 0, sums * sizeof(float));
+                continue;
+            }
+            float *const max = states + made % 3 * 2 * RF_BLOCK_ROWS;
+            third = &flow[made++ % 3];
+            *third = (rf_flow){.whole = whole, .r = r, .rows = rows};
+            third->block = (rf_block){
+                .q = w->q + at * s->q_dim * w->f->query_size,
+                .s = scores + made % 2 * RF_BLOCK_ROWS * RF_BLOCK_LD,
+                .acc = fresh ? whole.acc : later,
+                .max = fresh ? whole.max : max,
+                .sum = fresh ? whole.sum : max + RF_BLOCK_ROWS,
+                .factor = factor,
+                .n = n,
+            };
+        }
+        f->run(&part, first ? &first->block : NULL, second ? &second->block : NULL,
+               third ? &third->block : NULL);
+        if (first && !fresh) {
+            const rf_block *b = &first->block;
+            const rf_state own = {b->acc, b->max, b->sum};
+            fold_state(first->whole, own, 1, RF_BLOCK_ROWS, first->rows, s->v_dim, s->used);
+        }
+        if (third) finish_scores(w, t, &logits, third);
+        first = second;
+        second = third;
+    }
+}
+
 static void attend(const rf_attention_params *p, const rf_products *f, const rf_task *task,
                    float *scratch, float *states, int32_t first_part) {
     rf_work w = {.p = p, .f = f, .task = task, .seq = rf_seq_of(p, task->seq)};
@@ -268,7 +401,8 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
     const int64_t token = w.seq.q_start + task->q0;
     if (s->many && f->begin) f->begin();
     for (int h = 0; h < s->heads; h++)
-        load_queries(p, f, s, token, task->head + h, w.q + h * s->head_rows * s->q_dim * 4, w.wide);
+        load_queries(p, f, s, token, task->head + h,
+                     w.q + h * s->head_rows * s->q_dim * (s->blocks ? f->query_size : 4), w.wide);
     if (p->alibi_slopes) {
         for (int64_t r = 0; r < rf_pad_rows(s->all); r++) w.slope[r] = w.position[r] = 0.0f;
         for (int h = 0; h < s->heads; h++)
@@ -281,7 +415,7 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
     const int64_t visible = rf_visible(p, &w.seq, task->q0 + task->num_q - 1);
     const int64_t part_end = (int64_t)task->part1 * RF_PART;
     const int64_t last = visible < part_end ? visible : part_end;
-    const int64_t length = s->many ? RF_MANY_TILE : RF_FEW_TILE;
+    const int64_t length = s->blocks ? RF_PART : s->many ? RF_MANY_TILE : RF_FEW_TILE;
     int64_t pos = (int64_t)task->part0 * RF_PART > first ? (int64_t)task->part0 * RF_PART : first;
     rf_tile tiles[2];
     int now = 0;
@@ -293,13 +427,14 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
     }
     for (int64_t part = task->part0; part < task->part1; part++) {
         const int in_place = !states && part * RF_PART <= first;
-        rf_state st = state_at(states     ? states + (part - first_part) * state
-                               : in_place ? whole
-                                          : later,
+        const int fold = !states && !in_place;
+        rf_state st = state_at(states               ? states + (part - first_part) * state
+                               : fold && !s->blocks ? later
+                                                    : whole,
                                s->all, s->v_dim);
         const int64_t end = (part + 1) * RF_PART < last ? (part + 1) * RF_PART : last;
-        int fresh = 1;
-        clear_sums(st, s->all);
+        int fresh = !(fold && s->blocks); /* blocks are folded one by one */
+        if (fresh) clear_sums(st, s->all);
         while (pos < end) {
             const rf_tile *t = &tiles[now];
             rf_tile *next = NULL;
@@ -312,11 +447,13 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
                           next);
             }
             if (t->n == 0) continue;
-            add_tile(&w, t, next, st, fresh);
+            if (s->blocks)
+                for (int h = 0; h < s->heads; h++) add_blocks(&w, t, next, st, fresh, later, h);
+            else add_tile(&w, t, next, st, fresh);
             fresh = 0;
         }
         if (fresh) memset(st.acc, 0, (size_t)(s->all * s->v_dim) * sizeof(float));
-        else if (!states && !in_place)
+        else if (fold && !s->blocks)
             fold_state(state_at(whole, s->all, s->v_dim), st, s->heads, s->head_rows, s->rows,
                        s->v_dim, s->used);
     }

@@ -63,7 +63,7 @@ int rf_cpu_attention(rf_cpu *cpu, const rf_attention_params *p) {
         max_cost = cost / (threads * TASKS_PER_THREAD);
         if (max_cost < SERIAL_COST / 4) max_cost = smaller(SERIAL_COST / 4, cost / threads);
     }
-    status = rf_plan_make(plan, p, cpu->variant->kernels, max_cost);
+    status = rf_plan_make(plan, p, cpu->variant, max_cost);
     if (status != RF_OK || plan->num_tasks == 0) goto out;
     const int64_t floats = plan->state_floats + threads * plan->scratch_floats;
     status = rf_buffer_reserve(b, (size_t)floats * sizeof(float));

@@ -16,6 +16,7 @@ typedef struct rf_buffer {
 /* What a plan was made for, besides the lengths. */
 typedef struct rf_plan_key {
     const rf_kernels *kernels;
+    int64_t block_rows; /* of a task in blocks; 0: none are */
     int64_t max_cost;
     int32_t num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim;
     int32_t causal, window_left, window_right, ragged;

@@ -253,6 +253,7 @@ static void softmax_pairs(float *s, int64_t ld, int n, float *max, float *sum, f
 }
 
 #include "amx.h"
+#include "amx_block.h"
 
 /* ---- each type of cache ---- */
 
@@ -284,7 +285,7 @@ static void softmax_pairs(float *s, int64_t ld, int n, float *max, float *sum, f
 #define rf_bytes bytes_i8
 #include "dot.inc.h"
 
-#define RF_DOT(kv, unit, begin_, end_)                                                             \
+#define RF_DOT(kv, unit, in_blocks, begin_, end_)                                                  \
     {.query_size = 2,                                                                              \
      .chunk = 64,                                                                                  \
      .one = 1.0f,                                                                                  \
@@ -295,11 +296,12 @@ static void softmax_pairs(float *s, int64_t ld, int n, float *max, float *sum, f
      .values_few = pv_few_##kv,                                                                    \
      .values_many = pv_many_##unit##_##kv,                                                         \
      .finish = finish_##kv,                                                                        \
+     .blocks = in_blocks ? &blocks_##kv : NULL,                                                    \
      .begin = begin_,                                                                              \
      .end = end_}
 #define RF_DOT_ALL(...)                                                                            \
     {RF_DOT(bf16, __VA_ARGS__), RF_DOT(e4m3fn, __VA_ARGS__), RF_DOT(e4m3fnuz, __VA_ARGS__),        \
      RF_DOT(i8, __VA_ARGS__)}
 
-rf_products_of_caches rf_products_avx512bf16 = RF_DOT_ALL(dot, NULL, NULL);
-rf_products_of_caches rf_products_amx = RF_DOT_ALL(amx, amx_begin, amx_end);
+rf_products_of_caches rf_products_avx512bf16 = RF_DOT_ALL(dot, 0, NULL, NULL);
+rf_products_of_caches rf_products_amx = RF_DOT_ALL(amx, 1, amx_begin, amx_end);

@@ -318,6 +318,43 @@ static void NAME(pv_many_amx)(float *acc, int64_t lda, const float *alpha, float
     amx_values(acc, lda, alpha, (uint32_t *)(void *)p, ld, work, x->n, x->dim);
 }
 
+/* Keys transposed, values in pairs of tokens: tiles of B. Past the end keys are the last token, and
+ * values zero, since zero times what is not there must be zero. */
+static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
+    const rf_table table = table_of(RF_TABLE);
+    uint32_t *to = x->keys;
+    for (int t = 0; t < block_tokens(k->n); t += 16)
+        for (int c = 0; c < k->dim; c += 64) {
+            _Alignas(64) uint32_t rows[16 * 32];
+            for (int i = 0; i < 16; i++) {
+                const int token = t + i < k->n ? t + i : k->n - 1;
+                __m512i a, b;
+                NAME(words)(&table, (const T *)(const void *)k->base + k->off[token] + c,
+                            k->dim - c, &a, &b);
+                _mm512_store_si512(rows + 32 * i, a);
+                _mm512_store_si512(rows + 32 * i + 16, b);
+            }
+            amx_transpose(rows, 32, to);
+            amx_transpose(rows + 16, 32, to + AMX_TILE);
+            to += 2 * AMX_TILE;
+        }
+    const T *base = (const T *)(const void *)v->base;
+    const int64_t tiles = rf_pad_dim(v->dim) / 16;
+    for (int t = 0; t < block_tokens(v->n); t += 2)
+        for (int c = 0; c < v->dim; c += 64) {
+            __m512i pairs[4] = {0};
+            const int second = t + 1 < v->n ? t + 1 : t; /* its probability is 0 */
+            if (t < v->n)
+                NAME(pairs)(&table, base + v->off[t] + c, base + v->off[second] + c, v->dim - c,
+                            pairs);
+            uint32_t *at =
+                (uint32_t *)x->values + (t / 32 * tiles + c / 16) * AMX_TILE + t / 2 % 16 * 16;
+            for (int j = 0; j < 4; j++) _mm512_storeu_si512(at + j * AMX_TILE, pairs[j]);
+        }
+}
+
+static const rf_blocks NAME(blocks) = {.rows = 256, .pack = NAME(pack), .run = run_blocks};
+
 /* A row of sums, times f, as the output. */
 static void NAME(finish)(const float *acc, int dim, float f, void *out) {
     for (int c = 0; c < dim; c += 64) {

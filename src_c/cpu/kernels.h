@@ -20,6 +20,10 @@
 #define RF_MANY_ROWS 12
 /* Rows of a task, unless one query token has more. */
 #define RF_MAX_ROWS 64
+/* With products by blocks (rf_blocks): the rows of a block, and of a head from which it is cut into
+ * blocks. */
+#define RF_BLOCK_ROWS      32
+#define RF_BLOCK_ROWS_FROM 96
 /* Key/value heads of a task. */
 #define RF_MAX_HEADS 8
 
@@ -55,8 +59,10 @@ static inline int64_t rf_state_floats(int64_t rows, int64_t v_head_dim) {
     return rows * rf_pad_dim(v_head_dim) + 2 * rf_pad_rows(rows);
 }
 
-/* Rows that a head takes in scratch and states: with many, whole vectors of them. */
+/* Rows that a head takes in scratch and states: with many, whole vectors of them, or blocks. */
 static inline int64_t rf_head_rows(int64_t rows) {
+    if (rows >= RF_BLOCK_ROWS_FROM)
+        return (rows + RF_BLOCK_ROWS - 1) & ~(int64_t)(RF_BLOCK_ROWS - 1);
     return rows < RF_MANY_ROWS ? rows : rf_pad_rows(rows);
 }
 

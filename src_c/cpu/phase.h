@@ -12,10 +12,12 @@
 
 /* Addresses, scores or tokens that a block of tokens may write or name past the end of a tile. */
 #define RF_SLACK       16
-#define RF_TILE_TOKENS (RF_MANY_TILE + RF_SLACK)
+#define RF_TILE_TOKENS (RF_PART + RF_SLACK)
 
 /* Floats from one row of scores to the next, with few rows. */
 #define RF_FEW_LD (RF_FEW_TILE + RF_SLACK)
+/* The same of a block: not a power of two, so that rows lie in different sets of a cache. */
+#define RF_BLOCK_LD (RF_PART + RF_SLACK)
 /* Row t, whole. */
 RF_INLINE void prefetch_vector(rf_ahead a, int t, int bytes) {
     for (int at = 0; at < bytes; at += 64) __builtin_prefetch(a[t] + at, 0, 2);

@@ -7,8 +7,11 @@
  * as four rows of arithmetic. */
 static int64_t cost_of(int64_t tokens, int64_t rows) { return tokens * (rows + 4); }
 
-static int64_t query_tile(const rf_attention_params *p) {
-    int64_t n = RF_MAX_ROWS / (p->num_heads / p->num_kv_heads);
+/* Query tokens of a task, of a sequence with q_len of them. */
+static int64_t query_tile(const rf_attention_params *p, int64_t q_len, int64_t block_rows) {
+    const int64_t group = p->num_heads / p->num_kv_heads;
+    const int blocks = block_rows && q_len * group >= RF_BLOCK_ROWS_FROM;
+    int64_t n = (blocks ? block_rows : RF_MAX_ROWS) / group;
     return n > 1 ? n : 1;
 }
 
@@ -16,9 +19,10 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t parts_of(int64_t tokens) { return (tokens + RF_PART - 1) / RF_PART; }
 
 int64_t rf_plan_cost(const rf_attention_params *p) {
-    int64_t group = p->num_heads / p->num_kv_heads, tile = query_tile(p), total = 0;
+    int64_t group = p->num_heads / p->num_kv_heads, total = 0;
     for (int64_t i = 0; i < p->num_seqs; i++) {
         rf_seq s = rf_seq_of(p, i);
+        int64_t tile = query_tile(p, s.q_len, 0);
         for (int64_t q0 = 0; q0 < s.q_len; q0 += tile) {
             int64_t n = smaller(tile, s.q_len - q0);
             int64_t seen = rf_visible(p, &s, q0 + n - 1) - rf_first(p, &s, q0);
@@ -72,7 +76,6 @@ static void add_tasks(rf_plan *pl, const rf_attention_params *p, int64_t i, cons
 }
 
 static void make_tasks(rf_plan *pl, const rf_attention_params *p) {
-    int64_t tile = query_tile(p);
     pl->num_tasks = pl->num_merges = pl->state_floats = pl->scratch_floats = 0;
     /* Long prompts first, and of each the last queries, which see most: threads end on small tasks.
      * A head at a time, whose keys and values stay in a core's second level. */
@@ -80,6 +83,7 @@ static void make_tasks(rf_plan *pl, const rf_attention_params *p) {
         for (int64_t i = 0; i < p->num_seqs; i++) {
             rf_seq s = rf_seq_of(p, i);
             if ((s.q_len > 1) != (pass == 0)) continue;
+            const int64_t tile = query_tile(p, s.q_len, pl->key.block_rows);
             const int64_t heads = s.q_len > tile ? 1 : p->num_kv_heads;
             for (int64_t head = 0; head < p->num_kv_heads; head += heads)
                 for (int64_t q0 = (s.q_len - 1) / tile * tile; q0 >= 0; q0 -= tile)
@@ -92,11 +96,14 @@ static void make_tasks(rf_plan *pl, const rf_attention_params *p) {
 
 static size_t align64(size_t n) { return (n + 63) & ~(size_t)63; }
 
-int rf_plan_make(rf_plan *pl, const rf_attention_params *p, const rf_kernels *kernels,
+int rf_plan_make(rf_plan *pl, const rf_attention_params *p, const rf_variant *variant,
                  int64_t max_cost) {
+    const rf_blocks *blocks =
+        rf_products_of(variant, RF_BLOCK_ROWS_FROM, p->dtype, p->kv_dtype)->blocks;
     rf_plan_key key;
     memset(&key, 0, sizeof key); /* it is compared with its padding */
-    key.kernels = kernels;
+    key.kernels = variant->kernels;
+    key.block_rows = blocks ? blocks->rows : 0;
     key.max_cost = max_cost;
     key.num_seqs = p->num_seqs;
     key.num_heads = p->num_heads;

@@ -18,6 +18,37 @@ typedef struct rf_phase {
     int dim; /* elements of a vector */
 } rf_phase;
 
+/* A block of RF_BLOCK_ROWS rows, and the n tokens of a part that one of them sees. Scores are
+ * s[row * RF_BLOCK_LD + token], not yet times `factor`; -inf from n on to whole pairs of vectors.
+ */
+typedef struct rf_block {
+    const void *q; /* rows of queries */
+    float *s;
+    float *acc, *max, *sum; /* its state */
+    float factor;
+    int n;
+} rf_block;
+
+/* A head's part of the context. */
+typedef struct rf_part {
+    void *keys, *values; /* packed */
+    const float *scale;  /* factors of each token's values, or NULL */
+    int64_t ldq, lda;    /* elements from one row of queries to the next, and of sums */
+    int dim, v_dim;
+} rf_part;
+
+/* The products by blocks of rows, over a whole part of the context, whose keys and values are
+ * packed once for all blocks of a task. */
+typedef struct rf_blocks {
+    int rows; /* of a task, at most, unless one query token has more */
+    void (*pack)(const rf_phase *k, const rf_phase *v, const rf_part *x);
+    /* What can be done at the same time for three blocks that follow each other: the values of the
+     * first, which end its state; the softmax of the second; the scores of the third. Each may be
+     * NULL. The third may have the first one's place for scores. */
+    void (*run)(const rf_part *x, const rf_block *first, const rf_block *second,
+                const rf_block *third);
+} rf_blocks;
+
 /* Rows of queries are query_size bytes an element, and a tile's scores have one of the two forms in
  * softmax.h. */
 typedef struct rf_products {
@@ -40,6 +71,9 @@ typedef struct rf_products {
                         const rf_phase *x, int64_t rows, void *work);
     /* f times a row of sums, as the output's type. */
     void (*finish)(const float *acc, int dim, float f, void *out);
+    /* Of tasks with RF_BLOCK_ROWS_FROM rows or more, in blocks of them: see block.h. NULL where the
+     * functions above serve those too. */
+    const rf_blocks *blocks;
     /* Around all of a task with many rows; or NULL. */
     void (*begin)(void);
     void (*end)(void);

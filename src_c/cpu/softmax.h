@@ -46,7 +46,7 @@ RF_INLINE vf logit_of(const rf_logits *l, vf x, vf scale, vf slope, vf distance)
     return x;
 }
 
-static void logits_few(float *s, int n, int64_t rows, const rf_logits *l) {
+static void logits_few(float *s, int64_t ld, int n, int64_t rows, const rf_logits *l) {
     for (int64_t r = 0; r < rows; r++)
         for (int t = 0; t < n; t += RF_W) {
             vf scale = l->scale ? vf_load(l->scale + t) : vf_zero(), slope = vf_zero();
@@ -55,7 +55,7 @@ static void logits_few(float *s, int n, int64_t rows, const rf_logits *l) {
                 slope = vf_set1(l->slope[r]);
                 distance = vf_sub(vf_load(l->key + t), vf_set1(l->query[r]));
             }
-            float *at = s + r * RF_FEW_LD + t;
+            float *at = s + r * ld + t;
             vf_store(at, logit_of(l, vf_load(at), scale, slope, distance));
         }
 }

@@ -10,7 +10,7 @@
  * what is fetched ahead may be for a longer tile. */
 typedef struct rf_tile {
     int32_t n;
-    int32_t pos[RF_MANY_TILE]; /* in the context, ascending */
+    int32_t pos[RF_PART]; /* in the context, ascending */
     int64_t k[RF_TILE_TOKENS];
     int64_t v[RF_TILE_TOKENS];
     int64_t k_scale[RF_TILE_TOKENS]; /* where tokens have scales of their own */
@@ -64,6 +64,10 @@ static void make_tile(const rf_attention_params *p, const rf_seq *s, int64_t sta
 /* Tokens of the tile before position `limit`. */
 RF_INLINE int32_t tokens_before(const rf_tile *t, int64_t limit) {
     int32_t n = t->n;
+    if (t->pos[n - 1] - t->pos[0] == n - 1) { /* nothing was passed over */
+        const int64_t before = limit - t->pos[0];
+        return before < 0 ? 0 : before < n ? (int32_t)before : n;
+    }
     while (n > 0 && t->pos[n - 1] >= limit) n--;
     return n;
 }
