@@ -59,8 +59,6 @@ RF_INLINE void amx_step(amx_product *x) {
     x->blocks--;
 }
 
-RF_INLINE int block_tokens(int n) { return (n + 31) / 32 * 32; }
-
 RF_INLINE amx_product scores_of(const rf_part *x, const rf_block *block) {
     const int steps = (int)rf_pad_dim(x->dim) / 32;
     return (amx_product){.a = block->q,

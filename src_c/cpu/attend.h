@@ -15,7 +15,8 @@ static const int8_t rf_size[RF_NUM_DTYPES] = {4, 2, 2, 1, 1, 1};
 typedef struct rf_shape {
     int64_t group, rows, head_rows, all; /* all: head_rows of all heads */
     int64_t q_dim, v_dim, used;          /* used: of v_dim, what the kernels write */
-    int heads, many, blocks;
+    int64_t q_bytes;                     /* of a row of queries */
+    int heads, many, blocks, columns;    /* columns: queries are, see load_queries */
 } rf_shape;
 
 static rf_shape shape_of(const rf_attention_params *p, const rf_products *f, int64_t num_q,
@@ -31,6 +32,8 @@ static rf_shape shape_of(const rf_attention_params *p, const rf_products *f, int
     s.q_dim = rf_pad_dim(p->head_dim);
     s.v_dim = rf_pad_dim(p->v_head_dim);
     s.used = (p->v_head_dim + f->chunk - 1) / f->chunk * f->chunk;
+    s.columns = s.many && !s.blocks;
+    s.q_bytes = s.q_dim * (s.columns ? 4 : f->query_size);
     return s;
 }
 
@@ -61,14 +64,13 @@ static void load_queries(const rf_attention_params *p, const rf_products *f, con
                          int64_t token, int32_t head, char *q, float *work) {
     const int size = rf_size[p->dtype];
     const char *from = p->query.data;
-    const int columns = s->many && !s->blocks;
-    if (s->many) memset(q, 0, (size_t)(s->head_rows * s->q_dim) * 4);
+    if (s->many) memset(q, 0, (size_t)(s->head_rows * s->q_bytes));
     for (int64_t r = 0; r < s->rows; r++) {
         const char *row = from + ((token + r / s->group) * p->query.token_stride +
                                   (head * s->group + r % s->group) * p->query.head_stride) *
                                      size;
-        if (!columns) {
-            f->query(row, p->head_dim, q + r * s->q_dim * f->query_size);
+        if (!s->columns) {
+            f->query(row, p->head_dim, q + r * s->q_bytes);
             continue;
         }
         f->query(row, p->head_dim, work);
@@ -196,7 +198,7 @@ static void score_head(rf_work *w, const rf_tile *t, int h, rf_ahead ahead) {
     const rf_attention_params *p = w->p;
     const rf_shape *s = &w->shape;
     const int n = t->n, size = rf_size[p->kv_dtype];
-    const char *q = w->q + h * s->head_rows * s->q_dim * 4;
+    const char *q = w->q + h * s->head_rows * s->q_bytes;
     const float factor = p->scale * RF_LOG2E * head_scale(p, w->f, &p->k_scale, w->task->head + h);
     float *to = scores_at(w, h);
     const rf_phase x = {at_head(w->k, &p->k, size, h), t->k, ahead, n, p->head_dim};
@@ -259,7 +261,7 @@ static void add_tile(rf_work *w, const rf_tile *t, const rf_tile *next, rf_state
 static void mask_block(const rf_work *w, const rf_tile *t, int64_t r0, int64_t rows, int n,
                        float *s) {
     const rf_attention_params *p = w->p;
-    const int full = (n + 31) / 32 * 32;
+    const int full = block_tokens(n);
     const int64_t new = w->seq.kv_len - w->seq.q_len; /* position of the first new token */
     for (int64_t r = r0; r < r0 + rows; r++, s += RF_BLOCK_LD) {
         const int64_t i = w->task->q0 + r / w->shape.group;
@@ -281,10 +283,9 @@ static void prefetch_tokens(const rf_work *w, const rf_tile *t, int h, int from,
     const int size = rf_size[p->kv_dtype];
     const char *k = at_head(w->k, &p->k, size, h), *v = at_head(w->v, &p->v, size, h);
     for (int i = from; i < to; i++) {
-        for (int at = 0; at < p->head_dim * size; at += 64)
-            __builtin_prefetch(k + t->k[i] * size + at, 0, 2);
-        for (int at = 0; at < p->v_head_dim * size; at += 64)
-            __builtin_prefetch(v + t->v[i] * size + at, 0, 2);
+        const char *const row[2] = {k + t->k[i] * size, v + t->v[i] * size};
+        prefetch_vector(row, 0, p->head_dim * size);
+        prefetch_vector(row, 1, p->v_head_dim * size);
     }
 }
 
@@ -354,7 +355,7 @@ static void add_blocks(rf_work *w, const rf_tile *t, const rf_tile *next, rf_sta
             third = &flow[made++ % 3];
             *third = (rf_flow){.whole = whole, .r = r, .rows = rows};
             third->block = (rf_block){
-                .q = w->q + at * s->q_dim * w->f->query_size,
+                .q = w->q + at * s->q_bytes,
                 .s = scores + made % 2 * RF_BLOCK_ROWS * RF_BLOCK_LD,
                 .acc = fresh ? whole.acc : later,
                 .max = fresh ? whole.max : max,
@@ -401,8 +402,7 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
     const int64_t token = w.seq.q_start + task->q0;
     if (s->many && f->begin) f->begin();
     for (int h = 0; h < s->heads; h++)
-        load_queries(p, f, s, token, task->head + h,
-                     w.q + h * s->head_rows * s->q_dim * (s->blocks ? f->query_size : 4), w.wide);
+        load_queries(p, f, s, token, task->head + h, w.q + h * s->head_rows * s->q_bytes, w.wide);
     if (p->alibi_slopes) {
         for (int64_t r = 0; r < rf_pad_rows(s->all); r++) w.slope[r] = w.position[r] = 0.0f;
         for (int h = 0; h < s->heads; h++)

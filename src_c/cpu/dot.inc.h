@@ -192,19 +192,25 @@ static void NAME(pv_few)(float *acc, int64_t lda, const float *alpha, float *p, 
     }
 }
 
+/* 64 elements of tokens t and t + 1 from c on; of the last one twice, as its probability is 0. */
+RF_INLINE void NAME(pairs_of)(const rf_table *table, const rf_phase *x, int t, int c,
+                              __m512i out[4]) {
+    const int second = t + 1 < x->n ? t + 1 : t;
+    const T *base = (const T *)x->base + c;
+    NAME(pairs)(table, base + x->off[t], base + x->off[second], x->dim - c, out);
+}
+
 /* Values of a tile as pairs of tokens, ld pairs from one to the next. */
 static void NAME(pack_values)(const rf_phase *x, uint32_t *out, int64_t ld) {
     const rf_table table = table_of(RF_TABLE);
     for (int t = 0; t < x->n; t += 2, out += ld) {
-        const int second = t + 1 < x->n ? t + 1 : t; /* its probability is 0 */
-        const T *p = (const T *)x->base + x->off[t], *q = (const T *)x->base + x->off[second];
         if (x->ahead) {
             prefetch_vector(x->ahead, t, x->dim * (int)sizeof(T));
             prefetch_vector(x->ahead, t + 1, x->dim * (int)sizeof(T));
         }
         for (int c = 0; c < x->dim; c += 64) {
             __m512i v[4];
-            NAME(pairs)(&table, p + c, q + c, x->dim - c, v);
+            NAME(pairs_of)(&table, x, t, c, v);
             for (int j = 0; j < 4; j++) _mm512_storeu_si512(out + c + j * 16, v[j]);
         }
     }
@@ -329,8 +335,7 @@ static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
             for (int i = 0; i < 16; i++) {
                 const int token = t + i < k->n ? t + i : k->n - 1;
                 __m512i a, b;
-                NAME(words)(&table, (const T *)(const void *)k->base + k->off[token] + c,
-                            k->dim - c, &a, &b);
+                NAME(words)(&table, (const T *)k->base + k->off[token] + c, k->dim - c, &a, &b);
                 _mm512_store_si512(rows + 32 * i, a);
                 _mm512_store_si512(rows + 32 * i + 16, b);
             }
@@ -338,15 +343,11 @@ static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
             amx_transpose(rows + 16, 32, to + AMX_TILE);
             to += 2 * AMX_TILE;
         }
-    const T *base = (const T *)(const void *)v->base;
     const int64_t tiles = rf_pad_dim(v->dim) / 16;
     for (int t = 0; t < block_tokens(v->n); t += 2)
         for (int c = 0; c < v->dim; c += 64) {
             __m512i pairs[4] = {0};
-            const int second = t + 1 < v->n ? t + 1 : t; /* its probability is 0 */
-            if (t < v->n)
-                NAME(pairs)(&table, base + v->off[t] + c, base + v->off[second] + c, v->dim - c,
-                            pairs);
+            if (t < v->n) NAME(pairs_of)(&table, v, t, c, pairs);
             uint32_t *at =
                 (uint32_t *)x->values + (t / 32 * tiles + c / 16) * AMX_TILE + t / 2 % 16 * 16;
             for (int j = 0; j < 4; j++) _mm512_storeu_si512(at + j * AMX_TILE, pairs[j]);

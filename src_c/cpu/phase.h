@@ -14,10 +14,12 @@
 #define RF_SLACK       16
 #define RF_TILE_TOKENS (RF_PART + RF_SLACK)
 
-/* Floats from one row of scores to the next, with few rows. */
-#define RF_FEW_LD (RF_FEW_TILE + RF_SLACK)
-/* The same of a block: not a power of two, so that rows lie in different sets of a cache. */
+/* Floats from one row of scores to the next, with few rows and in blocks. */
+#define RF_FEW_LD   (RF_FEW_TILE + RF_SLACK)
 #define RF_BLOCK_LD (RF_PART + RF_SLACK)
+/* Tokens of a block's scores: whole pairs of vectors. */
+RF_INLINE int block_tokens(int n) { return (n + 31) / 32 * 32; }
+
 /* Row t, whole. */
 RF_INLINE void prefetch_vector(rf_ahead a, int t, int bytes) {
     for (int at = 0; at < bytes; at += 64) __builtin_prefetch(a[t] + at, 0, 2);

@@ -19,10 +19,9 @@ static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t parts_of(int64_t tokens) { return (tokens + RF_PART - 1) / RF_PART; }
 
 int64_t rf_plan_cost(const rf_attention_params *p) {
-    int64_t group = p->num_heads / p->num_kv_heads, total = 0;
+    int64_t group = p->num_heads / p->num_kv_heads, tile = query_tile(p, 1, 0), total = 0;
     for (int64_t i = 0; i < p->num_seqs; i++) {
         rf_seq s = rf_seq_of(p, i);
-        int64_t tile = query_tile(p, s.q_len, 0);
         for (int64_t q0 = 0; q0 < s.q_len; q0 += tile) {
             int64_t n = smaller(tile, s.q_len - q0);
             int64_t seen = rf_visible(p, &s, q0 + n - 1) - rf_first(p, &s, q0);

@@ -71,7 +71,7 @@ typedef struct rf_products {
                         const rf_phase *x, int64_t rows, void *work);
     /* f times a row of sums, as the output's type. */
     void (*finish)(const float *acc, int dim, float f, void *out);
-    /* Of tasks with RF_BLOCK_ROWS_FROM rows or more, in blocks of them: see block.h. NULL where the
+    /* Of tasks with RF_BLOCK_ROWS_FROM rows or more, in blocks of them; NULL where the
      * functions above serve those too. */
     const rf_blocks *blocks;
     /* Around all of a task with many rows; or NULL. */
