@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rocmforge import Batch, KVCache
+from rocmforge.errors import OutOfBlocksError
 from traffic import Traffic
 
 
@@ -65,6 +66,15 @@ class CacheTraffic(Traffic):
             known[begin : begin + len(some)] = some
         self.wrote(batch)
         return batch.seq_lens.tolist()
+
+    def suspend_and_resume(self) -> None:
+        """One sequence, which is gone where its blocks were taken meanwhile."""
+        sequence = self.pick()
+        buffer = self.cache.suspend(sequence)
+        try:
+            self.cache.resume(sequence, buffer)
+        except OutOfBlocksError:
+            self.alive.remove(sequence)
 
     def wrote(self, batch: Batch) -> None:
         cache = self.cache

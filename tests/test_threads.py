@@ -147,12 +147,7 @@ def test_cache(tmp_path: Path) -> None:
             traffic.run(10)
             traffic.check()
             if traffic.alive:
-                sequence = traffic.pick()
-                buffer = cache.suspend(sequence)
-                try:
-                    cache.resume(sequence, buffer)
-                except OutOfBlocksError:
-                    traffic.alive.remove(sequence)
+                traffic.suspend_and_resume()
         cache.free(traffic.alive)
 
     def keep(number: int, goes_on: Callable[[], bool]) -> None:

@@ -433,12 +433,7 @@ def test_threads_that_suspend_and_resume() -> None:
             traffic.run(8)
             if not traffic.alive:
                 continue
-            sequence = traffic.pick()
-            buffer = cache.suspend(sequence)
-            try:
-                cache.resume(sequence, buffer)
-            except OutOfBlocksError:
-                traffic.alive.remove(sequence)
+            traffic.suspend_and_resume()
             traffic.check()
 
     with ThreadPoolExecutor(4) as threads:
