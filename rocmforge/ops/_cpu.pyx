@@ -215,15 +215,21 @@ cdef int copy_blocks(const rf_copy_params *pools, int64_t num_pools, const int32
 
 cdef int gather_blocks(const rf_copy_params *pools, int64_t num_pools, const int32_t *ids,
                        int64_t num_ids, char *data, int64_t stride) except -1:
-    with nogil:
+    if block_bytes(pools, num_pools) * num_ids < _HOLD_GIL_BYTES:
         rf_cpu_gather_blocks(_cpu, pools, num_pools, ids, num_ids, data, stride)
+    else:
+        with nogil:
+            rf_cpu_gather_blocks(_cpu, pools, num_pools, ids, num_ids, data, stride)
     return 0
 
 
 cdef int scatter_blocks(const rf_copy_params *pools, int64_t num_pools, const int32_t *ids,
                         int64_t num_ids, const char *data, int64_t stride) except -1:
-    with nogil:
+    if block_bytes(pools, num_pools) * num_ids < _HOLD_GIL_BYTES:
         rf_cpu_scatter_blocks(_cpu, pools, num_pools, ids, num_ids, data, stride)
+    else:
+        with nogil:
+            rf_cpu_scatter_blocks(_cpu, pools, num_pools, ids, num_ids, data, stride)
     return 0
 
 
