@@ -139,7 +139,7 @@ class KVCache(KVCacheManager):
     _shapes: list[Shape]
     _common: int | None
     _common_prefix: CommonPrefix | None  # of the newest batch, once it was needed
-    _moving: threading.RLock  # held while contents move, so that no block is taken meanwhile
+    _moving: threading.RLock  # held while contents move: no block is taken or written meanwhile
 
     def __init__(
         self,
@@ -270,7 +270,7 @@ class KVCache(KVCacheManager):
 
     @contextlib.contextmanager
     def _contents(self) -> Iterator[Mover]:
-        """Hold still what the blocks hold, for who moves it: no block is taken meanwhile."""
+        """Hold still what the blocks hold, for who moves it: none is taken or written meanwhile."""
         with self._moving:
             if self._mirror is None:
                 yield HostMover()
@@ -460,7 +460,6 @@ class KVCache(KVCacheManager):
             layer's scales are not known yet.
         """
         pools = self._layer(layer)
-        self._check_writable_batch(batch)
         options = {
             "k_scale": pools.k_scale,
             "v_scale": pools.v_scale,
@@ -468,17 +467,19 @@ class KVCache(KVCacheManager):
             "stream": self.stream,
         }
         mirror = self._mirror
-        if mirror is None:
-            slots: Any = batch.groups[pools.group].slot_mapping
-            ops.write_kv(key, value, pools.keys, pools.values, slots, **options)
-        else:
-            key, value = mirror.on_device(key), mirror.on_device(value)
-            with mirror.lock:
-                mirror.update(self.groups, batch, self._pools_of)
-                slots = mirror.slot_mapping(batch, pools.group)
+        with self._moving:
+            self._check_writable_batch(batch)
+            if mirror is None:
+                slots: Any = batch.groups[pools.group].slot_mapping
                 ops.write_kv(key, value, pools.keys, pools.values, slots, **options)
-        pools.written = True
-        self._mark_written(batch, layer, self.num_layers)
+            else:
+                key, value = mirror.on_device(key), mirror.on_device(value)
+                with mirror.lock:
+                    mirror.update(self.groups, batch, self._pools_of)
+                    slots = mirror.slot_mapping(batch, pools.group)
+                    ops.write_kv(key, value, pools.keys, pools.values, slots, **options)
+            pools.written = True
+            self._mark_written(batch, layer, self.num_layers)
 
     def attend(
         self,
@@ -657,8 +658,8 @@ class KVCache(KVCacheManager):
 
         Notes
         -----
-        While it runs, appends of other threads wait. On a terminal a progress bar appears after a
-        second.
+        While it runs, appends and writes of other threads wait. On a terminal a progress bar
+        appears after a second.
         """
         snapshot.save(self, path, sequences, with_data)
 

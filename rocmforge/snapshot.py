@@ -128,7 +128,7 @@ def save(
 ) -> None:
     """Write a snapshot; see `KVCache.save`."""
     _, xxhash = _packages()
-    with cache._contents() as mover:  # blocks may be given back, none is taken and written to
+    with cache._contents() as mover:  # blocks may be given back, none is taken or written to
         numbers, arrays = dump(cache)
         if sequences is not None:
             numbers, arrays = _only(numbers, arrays, sequences)

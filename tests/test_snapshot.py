@@ -489,6 +489,29 @@ def test_appends_wait_for_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     other.check()
 
 
+def test_writes_wait_for_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checksum is of the bytes that are in the file."""
+    cache = small_cache(6, num_layers=1, dtype="float32")
+    cache.add_sequence(0)
+    batch = cache.append([0], 3)
+    ones = np.ones((3, cache.num_kv_heads, cache.head_dim), np.float32)
+    writer = threading.Thread(target=cache.write, args=(0, ones, ones, batch))
+    write = os.pwritev
+
+    def slow(*arguments: Any) -> int:
+        if writer.ident is None:
+            writer.start()
+            writer.join(0.2)
+            assert writer.is_alive()
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwritev", slow)
+    cache.save(tmp_path / "a")
+    writer.join()
+    assert cache.committed_len(0) == 3
+    assert KVCache.load(tmp_path / "a").committed_len(0) == 0
+
+
 def test_progress_is_for_terminals_and_for_what_takes_long(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
