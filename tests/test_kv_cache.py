@@ -48,6 +48,8 @@ class Model:
         """Append so many tokens to each sequence, write and attend in all layers, and compare."""
         cache = self.cache
         batch = cache.append(list(counts), list(counts.values()))
+        # the parts that are merged then were rounded, which errs as rounded probabilities may
+        rounds = None if options.get("deterministic", True) else True
         for layer in range(cache.num_layers):
             shape = self.shape(layer)
             n = batch.num_tokens
@@ -65,7 +67,7 @@ class Model:
             cache.write(layer, key, value, batch)
             want, want_lse, bound = self.expected(layer, query, counts, **options)
             got, lse = cache.attend(layer, query, batch, return_lse=True, **options)
-            assert_close(got, want, bound)
+            assert_close(got, want, bound, rounds=rounds)
             assert_lse_close(lse, want_lse)
         assert batch.committed
         return batch
