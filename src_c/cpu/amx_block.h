@@ -6,11 +6,16 @@
  * whole rows of a part, whose sums start from nothing: no tile of sums is read.
  *
  * Learnt on a Xeon, one thread, bfloat16, others at work: 2,048 tokens over 1,024 of heads of 128
- * at 650 to 680 GFLOP/s, 1,800 of heads of 64 at 400 to 440, where amx.h got 400 and 250. A block
- * of 32 rows and 256 tokens, alone and in the caches: scores 0.94 us, values 0.87 (the products
- * 0.56 each), softmax 1.67 (12 cycles a vector, of which rounding to bfloat16 takes 3), all three
- * at once 3.2 instead of 3.5: so being side by side gains little, 2 to 7% of a call. How far apart
- * rows of scores are does not matter, nor do larger pages. */
+ * at 660 GFLOP/s, 1,800 of heads of 64 at 460, where amx.h got 400 and 250. With 1,024 rows a
+ * task, which is how often packed parts are used, 6 to 9% less time than with 256; 2,048 are no
+ * better. A block of 32 rows and 256 tokens, alone: scores 1.06 us, values 0.98, of which the
+ * products of tiles are 0.56 each, softmax 1.6; all three at once 3.5. Being side by side gains so
+ * little because the tiles' unit takes one of the two ports of vectors: while it works, a vector
+ * operation costs a cycle, not half of one. So each operation saved in the softmax counts, that
+ * of the maxima too (7% of a call, 2^x 15%). Vectors of 32 bytes, which have a third port, lost
+ * 7%: twice as many operations do not fit into what is looked ahead. No gain: prefetching tiles
+ * into the first level (it lost 3%), products between quarters of rows, rounding to bfloat16 by
+ * integers, how far apart rows of scores are, larger pages. */
 #ifndef RF_CPU_AMX_BLOCK_H
 #define RF_CPU_AMX_BLOCK_H
 
@@ -86,29 +91,13 @@ RF_INLINE amx_product values_of(const rf_part *x, const rf_block *block) {
                          .blocks = used / 32};
 }
 
-/* 2^x within 1e-7, for x up to 0; 0 below 2^-125. Adding 1.5 * 2^23 rounds to an integer, whose
- * bits are the last of the sum. */
-RF_INLINE vf block_exp2(vf x) {
-    const vf round = vf_set1(0x1.8p23f);
-    const __mmask16 seen = _mm512_cmp_ps_mask(x, vf_set1(-125.0f), _CMP_NLT_UQ);
-    const vf t = vf_add(x, round), f = vf_sub(x, vf_sub(t, round));
-    vf p = vf_set1(0x1.5b46fcp-10f);
-    p = vf_fma(p, f, vf_set1(0x1.3cebb0p-7f));
-    p = vf_fma(p, f, vf_set1(0x1.c6b88ep-5f));
-    p = vf_fma(p, f, vf_set1(0x1.ebf9b8p-3f));
-    p = vf_fma(p, f, vf_set1(0x1.62e428p-1f));
-    p = vf_fma(p, f, vf_set1(1.0f));
-    const __m512i n = _mm512_slli_epi32(_mm512_castps_si512(t), 23);
-    return _mm512_castsi512_ps(_mm512_maskz_add_epi32(seen, _mm512_castps_si512(p), n));
-}
-
 /* Probabilities of a row, which are pairs of bfloat16 afterwards, in its place. The sum by lanes.
  */
 RF_INLINE vf block_row(float *row, int full, vf factor, vf shift, const float *scale) {
     vf total = vf_zero(), other = vf_zero();
     for (int t = 0; t < full; t += 32) {
-        vf a = block_exp2(_mm512_fmsub_ps(vf_load(row + t), factor, shift));
-        vf b = block_exp2(_mm512_fmsub_ps(vf_load(row + t + 16), factor, shift));
+        vf a = vf_exp2(_mm512_fmsub_ps(vf_load(row + t), factor, shift));
+        vf b = vf_exp2(_mm512_fmsub_ps(vf_load(row + t + 16), factor, shift));
         total = vf_add(total, a);
         other = vf_add(other, b);
         if (scale) {

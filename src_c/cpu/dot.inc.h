@@ -354,7 +354,8 @@ static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
         }
 }
 
-static const rf_blocks NAME(blocks) = {.rows = 256, .pack = NAME(pack), .run = run_blocks};
+/* Sums, queries and a packed part of so many rows stay in a core's second level of 2 MiB. */
+static const rf_blocks NAME(blocks) = {.rows = 1024, .pack = NAME(pack), .run = run_blocks};
 
 /* A row of sums, times f, as the output. */
 static void NAME(finish)(const float *acc, int dim, float f, void *out) {

@@ -57,20 +57,18 @@ static inline void vf_hmax4(const vf v[4], float out[4]) {
     _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
 
+/* 2^floor(x) 2^f within 2e-7; exact where f is 0. */
 static inline vf vf_exp2(vf x) {
     /* Below the normal range the result is 0 by a mask: computing it takes a slow path. */
-    __mmask16 normal = _mm512_cmp_ps_mask(x, vf_set1(-126.0f), _CMP_NLT_UQ);
-    vf t = _mm512_max_ps(vf_set1(-126.0f), x);
-    vf n = _mm512_roundscale_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    vf f = _mm512_sub_ps(t, n);
-    vf p = vf_set1(0x1.41fbbcp-13f);
-    p = vf_fma(p, f, vf_set1(0x1.5f3e54p-10f));
-    p = vf_fma(p, f, vf_set1(0x1.3b2d4cp-7f));
-    p = vf_fma(p, f, vf_set1(0x1.c6aee8p-5f));
-    p = vf_fma(p, f, vf_set1(0x1.ebfbdcp-3f));
-    p = vf_fma(p, f, vf_set1(0x1.62e430p-1f));
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, vf_set1(-126.0f), _CMP_NLT_UQ);
+    const vf f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    vf p = vf_set1(0x1.e974fcp-10f);
+    p = vf_fma(p, f, vf_set1(0x1.277854p-7f));
+    p = vf_fma(p, f, vf_set1(0x1.c91ce6p-5f));
+    p = vf_fma(p, f, vf_set1(0x1.ebdb56p-3f));
+    p = vf_fma(p, f, vf_set1(0x1.62e4bap-1f));
     p = vf_fma(p, f, vf_set1(1.0f));
-    return _mm512_maskz_scalef_ps(normal, p, n);
+    return _mm512_maskz_scalef_ps(normal, p, x);
 }
 
 static inline __mmask32 rf_lanes(int n) { return (__mmask32)((1u << n) - 1u); }
