@@ -30,7 +30,8 @@ FEATURES = {
 }
 
 # Kernels round each probability to the type of the cache, over an 8-bit one to float16, where the
-# query has 16 bits and the chip multiplies such pairs, which moves a result by up to this part of sum(p * |v|) / sum(p).
+# query has 16 bits and the chip multiplies such pairs or matrices: it moves a result by up to this
+# part of sum(p * |v|) / sum(p).
 ROUNDING = {FLOAT16: 2.0**-11, BFLOAT16: 2.0**-8, **dict.fromkeys(EIGHT_BIT, 2.0**-11)}
 
 

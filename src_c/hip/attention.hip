@@ -70,6 +70,9 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
     static constexpr bool PAIRS = NARROW && PAIRED<PAIR>;
     static constexpr int WORDS = PAIRS ? 4 : 8; /* of eight elements of the query */
     static constexpr float LAG = 8;
+    /* Whether steps without guards are a loop of their own. Float32 queries over 8 bits are rare,
+     * and their kernels the largest. */
+    static constexpr bool STEADY = !SCALED || NARROW;
 
     union Shared {
         struct {
@@ -497,7 +500,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
         int first = share.begin + turn * TOKENS, blocks[STEPS];
         while (first < share.end) {
             bool steady = look_up(first, low, high, blocks);
-            while (steady) { /* a loop of its own: sums stay where they are */
+            while (STEADY && steady) { /* a loop of its own: sums stay where they are */
                 step<false>(first, blocks);
                 first += turns * TOKENS;
                 steady = look_up(first, low, high, blocks);
