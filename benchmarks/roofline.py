@@ -176,7 +176,7 @@ class Instruction:
         return 0 if found is None else 16 if found[1] in ("dwordx4", "b128") else 8
 
 
-MULTIPLY_ADD = r"v_(?:dual_)?(?:fmac|fma|mac|mad|dot2\w*?)_f32\w*"
+MULTIPLY_ADD = r"v_(?:dual_)?(?:fmac|fma|fma_mix|mac|mad|mad_mix|dot2\w*?)_f32\w*"
 KINDS = [
     (r"(global|flat|buffer)_load", "loads"),
     (r"(global|flat|buffer)_store", "stores"),

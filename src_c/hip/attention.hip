@@ -49,7 +49,7 @@
  * And cycles to issue a round of 4 rows x 8 tokens on gfx1030 (LLVM 22's model; memory needs 2,880
  * for 16 bits, a quarter of it for each of 4 waves that share them; 1,440 for 8 bits):
  *                                               float16   bfloat16   float8
- *   each element to float32                         968        968     1665
+ *   each element to float32                         936        968     1665
  *   dot2, one step function with a branch inside    658        749      843
  *   values loaded before keys are waited for        663        751
  *   two loops                                       566        686      773: what is here */
@@ -562,7 +562,8 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
         int turns = RF_WAVES / apart, turn = wave() / apart;
         row0 = tile.row0 + wave() % apart * ROWS;
         rows = smaller(ROWS, tile.row0 + tile.rows - row0);
-        side = lane() / LANES;
+        /* opaque: with one token a wave its address is the wave's, and scalar registers spill */
+        side = SIDE == 1 ? opaque(0) : lane() / LANES;
         part = lane() % LANES;
         if (rows > 0) {
             start();

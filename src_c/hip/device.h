@@ -359,6 +359,7 @@ RF_DEVICE int uniform(int x) { return x; }
 RF_DEVICE void release() { __threadfence(); }
 RF_DEVICE void acquire() { __threadfence(); }
 RF_DEVICE uint32_t fetch_add(uint32_t *p, uint32_t x) { return atomicAdd(p, x); }
+RF_DEVICE int opaque(int x) { return x; }
 template <class T> RF_DEVICE T load(const void *p) { /* CUDA wants every access aligned */
     T x;
     constexpr int step = alignof(T) < 4 ? alignof(T) : 4;
