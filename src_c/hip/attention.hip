@@ -70,9 +70,9 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
     static constexpr bool PAIRS = NARROW && PAIRED<PAIR>;
     static constexpr int WORDS = PAIRS ? 4 : 8; /* of eight elements of the query */
     static constexpr float LAG = 8;
-    /* Whether steps without guards are a loop of their own. Float32 queries over 8 bits are rare,
-     * and their kernels the largest. */
-    static constexpr bool STEADY = !SCALED || NARROW;
+    /* Whether steps without guards are a loop of their own. Where 8-bit elements become float32
+     * one by one, mostly for float32 queries, they would fill scalar registers and objects. */
+    static constexpr bool STEADY = !SCALED || PAIRS;
 
     union Shared {
         struct {
@@ -87,7 +87,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
     Share share;
     int row0, rows; /* of this wave */
     int side, part; /* of this lane: which token, which chunks (part, part + LANES, ...) */
-    bool latent, capped, biased, masked;
+    bool latent, capped, biased;
     bool k_in[CHUNKS];              /* whether the key has this lane's chunk, */
     int k_at[CHUNKS], v_at[CHUNKS]; /* and the byte in the vector that it is read from */
     Range range[ROWS];
@@ -104,7 +104,6 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
         if constexpr (PAIRS && SCALED) scale *= UNIT<DTYPE> * of_head(p.k_scale);
         capped = p.softcap > 0;
         biased = p.alibi_slopes != nullptr;
-        masked = p.mask != nullptr;
         latent = p.v.data == p.k.data && p.v.block_stride == p.k.block_stride &&
                  p.v.head_stride == p.k.head_stride && p.v.token_stride == p.k.token_stride;
         bool k_paired = paired(p.head_dim), v_paired = paired(p.v_head_dim);
@@ -207,7 +206,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
         return tile.kv_len - tile.q_len + (int)rf_quotient((uint32_t)(row0 + r), a.group);
     }
 
-    RF_DEVICE_MEMBER bool sees(int r, int token) const {
+    RF_DEVICE_MEMBER bool sees(int r, int token, bool masked) const {
         bool yes = token >= range[r].low && token < range[r].high;
         int added = token - (tile.kv_len - tile.q_len);
         if (masked && yes && added >= 0) {
@@ -425,16 +424,18 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
             for (int t = 0; t < STEPS; t++) {
                 float moved = log2(blocks[t] < 0 ? 1.0f : v_scale[t]);
                 moved = moved < -100 ? -100.0f : moved; /* of 0; NaN stays */
-                unweighed[t] = exp2(-moved);
+                /* Rows that see a scale of NaN have it in their weight; others must not get it. */
+                if (moved == moved) unweighed[t] = exp2(-moved);
                 RF_UNROLL
                 for (int r = 0; r < ROWS; r++) weight[r][t] += moved;
             }
         }
         if (GUARDED) {
+            bool masked = fresh(a).p.mask != nullptr;
             RF_UNROLL
             for (int r = 0; r < ROWS; r++) RF_UNROLL
             for (int t = 0; t < STEPS; t++)
-                if (blocks[t] < 0 || !sees(r, first + side + t * SIDE)) weight[r][t] = -INF;
+                if (blocks[t] < 0 || !sees(r, first + side + t * SIDE, masked)) weight[r][t] = -INF;
         }
 
         float top[ROWS];
@@ -463,8 +464,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
             RF_UNROLL
             for (int t = 0; t < STEPS; t++) {
                 weight[r][t] = exp2(weight[r][t] - base);
-                float seen = PAIRS && SCALED ? weight[r][t] * unweighed[t] : weight[r][t];
-                l[r] += GUARDED && weight[r][t] == 0 ? 0.0f : seen; /* its scale may be NaN */
+                l[r] += PAIRS && SCALED ? weight[r][t] * unweighed[t] : weight[r][t];
             }
         }
         if (latent) { /* here: above, values would wait for the keys that they might be */
@@ -496,7 +496,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
             low = larger(low, range[r].low);
             high = smaller(high, range[r].high);
         }
-        if (masked) high = smaller(high, tile.kv_len - tile.q_len);
+        if (a.p.mask) high = smaller(high, tile.kv_len - tile.q_len);
         int first = share.begin + turn * TOKENS, blocks[STEPS];
         while (first < share.end) {
             bool steady = look_up(first, low, high, blocks);
@@ -568,6 +568,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
         if (rows > 0) {
             start();
             run(turn, turns);
+            rows = uniform(opaque(rows)); /* or what it was compared with before is kept */
             merge_wave();
             RF_UNROLL
             for (int r = 0; r < ROWS; r++) {
