@@ -127,12 +127,19 @@ class Shape:
         )
 
 
+SIZES = (64, 128, 256, 512, 576)  # RF_SIZE_INSTANCES
 SHAPES = [
     Shape(32, 2048, 32, 8, 128),
+    Shape(32, 2048, 32, 8, 128, "f16"),
     Shape(32, 2048, 32, 8, 128, tokens=4),
+    Shape(32, 2048, 32, 8, 128, "f16", tokens=4),
     Shape(32, 2048, 64, 8, 64),
     Shape(32, 2048, 16, 8, 256),
     Shape(32, 2048, 32, 8, 128, "e4m3fn"),
+    Shape(32, 2048, 32, 8, 96, "f16"),
+    Shape(32, 2048, 32, 8, 96),
+    Shape(32, 2048, 32, 8, 192),
+    Shape(32, 2048, 32, 8, 192, "e4m3fn"),
 ]
 
 
@@ -158,12 +165,18 @@ class Instruction:
                 return kind
         return "scalar"
 
+    @property
+    def products(self) -> int:
+        """Multiplications of float32 or 16-bit numbers that are added to something."""
+        return sum(2 if "dot2" in name else 1 for name in re.findall(MULTIPLY_ADD, self.text))
+
     def moved(self, way: str) -> int:
         """Bytes of keys or values that a lane loads or stores; narrower ones are other things."""
         found = re.match(rf"global_{way}_(dwordx4|b128|dwordx2|b64)\b", self.name)
         return 0 if found is None else 16 if found[1] in ("dwordx4", "b128") else 8
 
 
+MULTIPLY_ADD = r"v_(?:dual_)?(?:fmac|fma|fma_mix|mac|mad|mad_mix|dot2\w*?)_f32\w*"
 KINDS = [
     (r"(global|flat|buffer)_load", "loads"),
     (r"(global|flat|buffer)_store", "stores"),
@@ -196,44 +209,46 @@ def disassemble(tool: str, path: Path, kernel: str) -> dict[int, Instruction]:
 
 
 def cheapest_way(
-    code: dict[int, Instruction], begin: int, end: int, way: str, nbytes: int
+    code: dict[int, Instruction], begin: int, end: int, way: str, nbytes: int, products: int = 0
 ) -> list[Instruction]:
     """Instructions of the cheapest way from one address to another that moves so many bytes a lane.
 
-    Branches depend on each other, so the cheapest way of all may be none that a wave can take.
+    Branches depend on each other, so the cheapest way of all may be none that a wave can take: it
+    also makes at least so many products.
     """
     following = dict(itertools.pairwise(sorted(code)))
-    start = (begin, code[begin].moved(way))
+    start = (begin, code[begin].moved(way), min(products, code[begin].products))
     best, before, queue = {start: 0}, {}, [(0, start)]
     while queue:
         cost, state = heapq.heappop(queue)
-        if state == (end, nbytes):
+        if state == (end, nbytes, products):
             path = [state]
             while path[-1] != start:
                 path.append(before[path[-1]])
-            return [code[at] for at, _ in reversed(path)]
-        at, moved = state
+            return [code[at] for at, *_ in reversed(path)]
+        at, moved, made = state
         here, steps = code[at], []
         if here.target is not None and begin <= here.target <= end:
             steps.append(here.target)
         if not here.name.startswith(("s_branch", "s_endpgm", "s_setpc")) and at in following:
             steps.append(following[at])
         for step in steps:
-            to = (step, moved + code[step].moved(way))
+            now = code[step]
+            to = (step, moved + now.moved(way), min(products, made + now.products))
             if step <= end and to[1] <= nbytes and cost + 1 < best.get(to, sys.maxsize):
                 best[to], before[to] = cost + 1, state
                 heapq.heappush(queue, (cost + 1, to))
     return []
 
 
-def inner_loop(code: dict[int, Instruction], nbytes: int) -> list[Instruction]:
-    """The cheapest way around a loop that loads so many bytes a lane.
+def inner_loop(code: dict[int, Instruction], nbytes: int, products: int) -> list[Instruction]:
+    """The cheapest way around a loop that loads so many bytes a lane and makes those products.
 
     What follows the workgroup's arrival, by an atomic instruction, merges splits.
     """
     arrival = next((at for at, i in code.items() if "_atomic_" in i.name), sys.maxsize)
     ways = (
-        cheapest_way(code, i.target, at, "load", nbytes)
+        cheapest_way(code, i.target, at, "load", nbytes, products)
         for at, i in code.items()
         if i.target and i.target <= at and i.target < arrival
     )
@@ -288,7 +303,9 @@ def kernel_name(shape: Shape, arch: str) -> tuple[str, str]:
     """Family and name of the kernel that serves the shape."""
     matrix = arch != "gfx1030" and shape.head_dim in (64, 128, 256)
     prefix = "paged_attention_matrix" if matrix else "paged_attention"
-    return "matrix" if matrix else "attention", f"{prefix}_{shape.element}_d{shape.head_dim}"
+    narrow = "narrow_" if shape.size == 1 and not matrix else ""
+    size = min(size for size in SIZES if shape.head_dim <= size)
+    return "matrix" if matrix else "attention", f"{prefix}_{narrow}{shape.element}_d{size}"
 
 
 def round_bytes(shape: Shape, family: str, wave_size: int) -> int:
@@ -301,10 +318,22 @@ def round_bytes(shape: Shape, family: str, wave_size: int) -> int:
     return 2 * wave_size * 4 * 8 * shape.size
 
 
+def round_products(shape: Shape, family: str, nbytes: int, wave_size: int) -> int:
+    """Products that a lane makes in a round, where it makes them by itself."""
+    return (
+        0 if family == "matrix" else nbytes // wave_size // shape.size * rows_of_wave(shape, family)
+    )
+
+
+def rows_of_wave(shape: Shape, family: str) -> int:
+    """Query rows that a wave has at most: RF_MATRIX_ROWS / 4, RF_ROWS_OF."""
+    return 16 if family == "matrix" else 4 if shape.head_dim <= 256 else 2
+
+
 def sharing_waves(shape: Shape, family: str) -> int:
     """Waves of a workgroup that read the same keys and values, as they have different rows."""
     rows = shape.tokens * shape.heads // shape.kv_heads
-    of_a_wave = 16 if family == "matrix" else 4 if shape.head_dim <= 128 else 2
+    of_a_wave = rows_of_wave(shape, family)
     return 1 if rows <= of_a_wave else 2 if rows <= 2 * of_a_wave else 4
 
 
@@ -351,7 +380,11 @@ def loops(
             except subprocess.CalledProcessError:
                 print(f"{arch}: {tools[0]} does not know it")
                 continue
-            loop = inner_loop(code, nbytes * twice // kernel.wave_size)
+            loop = inner_loop(
+                code,
+                nbytes * twice // kernel.wave_size,
+                round_products(shape, family, nbytes, kernel.wave_size),
+            )
             if not loop:
                 print(f"{arch} {name}: no loop found that reads {nbytes} bytes a round")
                 continue

@@ -22,7 +22,10 @@ FOLDER = Path(os.environ.get("ROCMFORGE_CODE_OBJECTS", str(files("rocmforge") / 
 SOURCE = Path(__file__).parent.parent / "src_c"
 ATTENTION = {
     f"paged_attention_{storage}_d{size}"
-    for storage in ("f32", "f16", "bf16", "e4m3fn", "e4m3fnuz", "i8")
+    for storage in (
+        *("f32", "f16", "bf16", "e4m3fn", "e4m3fnuz", "i8"),
+        *("narrow_e4m3fn", "narrow_e4m3fnuz", "narrow_i8"),
+    )
     for size in (64, 128, 256, 512, 576)
 } | {"paged_attention_reduce_r4", "paged_attention_reduce_r2"}
 MATRIX = {

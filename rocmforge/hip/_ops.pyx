@@ -55,9 +55,13 @@ cdef extern from *:
     #undef RF_FITS
         return 0;
     }
+    /* A query of 16 bits over a cache of 8. */
+    static int is_narrow(const rf_attention_params *p) {
+        return p->kv_dtype >= RF_E4M3FN && p->dtype != RF_F32;
+    }
     /* Whether RF_MATRIX_INSTANCES has it. */
     static int has_matrix(const rf_attention_params *p) {
-        const int wide = p->kv_dtype < RF_E4M3FN ? p->kv_dtype == p->dtype : p->dtype != RF_F32;
+        const int wide = p->kv_dtype < RF_E4M3FN ? p->kv_dtype == p->dtype : is_narrow(p);
         if (!wide || p->v_head_dim != p->head_dim) return 0;
     #define RF_MATCHES(name, code, size) if (p->kv_dtype == code && p->head_dim == size) return 1;
         RF_MATRIX_INSTANCES(RF_MATCHES)
@@ -65,6 +69,7 @@ cdef extern from *:
         return 0;
     }
     """
+    bint is_narrow(const rf_attention_params *p)
     int has_matrix(const rf_attention_params *p)
     const char *storage_name(int dtype)
     int size_for(int dim, int *chunks)
@@ -76,7 +81,7 @@ cdef int _MINUS_INFINITY = <int>0xff800000
 cdef int64_t _MAX_GRID = 65535  # of y and z
 cdef int64_t _MAX_SPLITS = 256
 
-# Kernel names by (size, storage, matrix): made once, not at each call.
+# Kernel names by (size, storage, 16-bit queries over 8 bits, matrix): made once, not at each call.
 cdef dict _names = {}
 
 
@@ -87,9 +92,9 @@ cdef bint _takes_matrix(rf_attention_launch *a, Device device) except -1:
             and 0 <= a.p.v.token_stride < 1 << 25 and device.has("matrix"))
 
 
-cdef tuple _kernel_of(int head_dim, int dtype, bint matrix):
+cdef tuple _kernel_of(int head_dim, int dtype, bint narrow, bint matrix):
     """Family and name of the attention kernel, name of its reduction, rows of a tile."""
-    key = (head_dim, dtype, matrix)
+    key = (head_dim, dtype, narrow, matrix)
     known = _names.get(key)
     cdef int chunks = 0, size
     if known is None and matrix:
@@ -101,7 +106,8 @@ cdef tuple _kernel_of(int head_dim, int dtype, bint matrix):
         if size == 0 or storage_name(dtype) == NULL:  # no argument that was checked gets here
             raise ValueError(f"no kernel is built for a head_dim of {head_dim}")
         rows = RF_ROWS_OF(chunks)
-        known = ("attention", f"paged_attention_{storage_name(dtype).decode()}_d{size}",
+        kind = "narrow_" if narrow else ""
+        known = ("attention", f"paged_attention_{kind}{storage_name(dtype).decode()}_d{size}",
                  f"paged_attention_reduce_r{rows}", RF_TILE_ROWS(rows))
         _names[key] = known
     return known
@@ -261,7 +267,7 @@ def attention_workspace_size(*, num_seqs, num_heads, num_kv_heads, head_dim, max
     a.p.v_head_dim = head_dim if v_head_dim is None else v_head_dim
     a.p.num_seqs = num_seqs
     a.p.num_tokens = num_seqs * max_seqlen_q
-    tile = _kernel_of(max(head_dim, a.p.v_head_dim), 0, False)[3]
+    tile = _kernel_of(max(head_dim, a.p.v_head_dim), 0, False, False)[3]
     _plan(&a, &plan, tile, max_seqlen_q, max_seq_len, num_splits, deterministic, units)
     size = plan.bytes  # whichever kernel the calls' types choose
     _plan(&a, &plan, RF_MATRIX_ROWS, max_seqlen_q, max_seq_len, num_splits, deterministic, units)
@@ -309,7 +315,8 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
                        min(a.p.table_width * a.p.block_size, MAX_COUNT))
     a.mask_width = <int32_t>max(mask_width, 0)
     family, kernel_name, reduction_name, tile_rows = _kernel_of(
-        max(a.p.head_dim, a.p.v_head_dim), a.p.kv_dtype, _takes_matrix(&a, device))
+        max(a.p.head_dim, a.p.v_head_dim), a.p.kv_dtype, is_narrow(&a.p),
+        _takes_matrix(&a, device))
     a.block_size = rf_divisor_of(<uint32_t>a.p.block_size)
     a.group = rf_divisor_of(<uint32_t>(a.p.num_heads // a.p.num_kv_heads))
     a.heads = rf_divisor_of(<uint32_t>a.p.num_kv_heads)

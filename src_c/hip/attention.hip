@@ -18,8 +18,24 @@
  * over splits by the last workgroup of the tile to end, or by reduce below. In a latent cache the
  * key's registers serve as the value.
  *
+ * Queries of 16 bits are multiplied in pairs of elements where the chip has an instruction for it
+ * (PAIRED in device.h): with keys along the head, as they were read; with values along the context,
+ * two neighbouring steps' tokens at a time, whose halves v_perm brings together beside a pair of
+ * probabilities. 8-bit elements become float16 for that (element.h), also under bfloat16 queries,
+ * whose rows are brought into float16's range by a power of two. So each probability is rounded to
+ * the cache's type, over 8 bits to float16: by 2^-11 of it (bfloat16: 2^-8), or 2^-25 if that is
+ * more; their sum is not, as the log-sum-exp is float32. Sums are float32, of which the instruction
+ * flushes subnormals. Scales of tokens go the way that they go in matrix.hip. Without the
+ * instruction, and for float32, elements become float32 one by one.
+ *
+ * The maximum is replaced, and the sums rescaled, when a logit of the wave exceeds it by more than
+ * LAG, as in matrix.hip.
+ *
  * Which tokens a lane sees in which order depends only on the sequence's own lengths, so its bits
- * do not depend on the batch. A step whose tokens every row sees has no test inside (`Guarded`).
+ * do not depend on the batch. A step whose tokens every row sees has no test inside (`GUARDED`),
+ * and such steps are a loop of their own: as two branches of one loop each moved the sums to
+ * registers of its own. Block ids are read without a branch, and values before anything is done
+ * with keys.
  *
  * LDS: 4 waves x ROWS x head size floats: 4, 8, 16, 16 and 24 KiB for the five sizes.
  *
@@ -29,12 +45,20 @@
  *   rare ones read again where they are needed     206, none spilled
  *   absent rows computed, not skipped by branches  292, as SLP vectorisation doubled the factors
  *   without SLP vectorisation                      177: what is here
- *   held to 128 registers, for 4 waves a SIMD      83 spilled */
+ *   held to 128 registers, for 4 waves a SIMD      83 spilled
+ * And cycles to issue a round of 4 rows x 8 tokens on gfx1030 (LLVM 22's model; memory needs 2,880
+ * for 16 bits, a quarter of it for each of 4 waves that share them; 1,440 for 8 bits):
+ *                                               float16   bfloat16   float8
+ *   each element to float32                         936        968     1665
+ *   dot2, one step function with a branch inside    658        749      843
+ *   values loaded before keys are waited for        663        751
+ *   two loops                                       566        686      773: what is here */
 #include "attention.h"
 
 namespace rf {
 
-template <int DTYPE, int LANES, int CHUNKS> struct Attention {
+/* NARROW: queries of 16 bits. */
+template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
     static constexpr int ROWS = RF_ROWS_OF(CHUNKS);
     static constexpr int TILE = RF_TILE_ROWS(ROWS);
     static constexpr int SIZE = SIZE_OF<DTYPE>;
@@ -42,6 +66,13 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
     static constexpr int STEPS = CHUNKS == 1 ? 4 : SIZE == 4 && CHUNKS == 3 ? 1 : 2;
     static constexpr int TOKENS = SIDE * STEPS; /* tokens of a wave at once */
     static constexpr bool SCALED = SIZE == 1;
+    static constexpr int PAIR = SIZE == 1 ? RF_F16 : DTYPE; /* type of paired elements */
+    static constexpr bool PAIRS = NARROW && PAIRED<PAIR>;
+    static constexpr int WORDS = PAIRS ? 4 : 8; /* of eight elements of the query */
+    static constexpr float LAG = 8;
+    /* Whether steps without guards are a loop of their own. Where 8-bit elements become float32
+     * one by one, mostly for float32 queries, they would fill scalar registers and objects. */
+    static constexpr bool STEADY = !SCALED || PAIRS;
 
     union Shared {
         struct {
@@ -56,22 +87,23 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
     Share share;
     int row0, rows; /* of this wave */
     int side, part; /* of this lane: which token, which chunks (part, part + LANES, ...) */
-    bool latent, capped, biased, masked;
+    bool latent, capped, biased;
     bool k_in[CHUNKS];              /* whether the key has this lane's chunk, */
     int k_at[CHUNKS], v_at[CHUNKS]; /* and the byte in the vector that it is read from */
     Range range[ROWS];
-    float slope[ROWS];
-    float query[ROWS][CHUNKS][8], sums[ROWS][CHUNKS][8], m[ROWS], l[ROWS];
+    float slope[ROWS], multiple[ROWS]; /* multiple: of logits of pairs */
+    unsigned query[ROWS][CHUNKS][WORDS];
+    float sums[ROWS][CHUNKS][8], m[ROWS], l[ROWS];
 
     RF_DEVICE_MEMBER Attention(const rf_attention_launch &launch) : a(launch) {}
 
     RF_DEVICE_MEMBER void start() {
         const rf_attention_params &p = a.p;
         int group = (int)a.group.value;
-        float factor = p.softcap > 0 ? p.scale / p.softcap : p.scale * LOG2E;
+        float scale = p.softcap > 0 ? p.scale / p.softcap : p.scale * LOG2E;
+        if constexpr (PAIRS && SCALED) scale *= UNIT<DTYPE> * of_head(p.k_scale);
         capped = p.softcap > 0;
         biased = p.alibi_slopes != nullptr;
-        masked = p.mask != nullptr;
         latent = p.v.data == p.k.data && p.v.block_stride == p.k.block_stride &&
                  p.v.head_stride == p.k.head_stride && p.v.token_stride == p.k.token_stride;
         bool k_paired = paired(p.head_dim), v_paired = paired(p.v_head_dim);
@@ -87,10 +119,15 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
             m[r] = -INF;
             l[r] = 0;
             slope[r] = 0;
+            multiple[r] = scale;
             range[r] = {0, 0};
             RF_UNROLL
-            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
-            for (int i = 0; i < 8; i++) query[r][c][i] = sums[r][c][i] = 0;
+            for (int c = 0; c < CHUNKS; c++) {
+                RF_UNROLL
+                for (int i = 0; i < 8; i++) sums[r][c][i] = 0;
+                RF_UNROLL
+                for (int i = 0; i < WORDS; i++) query[r][c][i] = 0;
+            }
             if (r >= rows) continue;
             int token = (int)rf_quotient((uint32_t)(row0 + r), a.group);
             int head = tile.kv_head * group + row0 + r - token * group;
@@ -99,19 +136,68 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
             int64_t at = (tile.token0 + token) * p.query.token_stride + head * p.query.head_stride;
             RF_UNROLL
             for (int c = 0; c < CHUNKS; c++) {
-                int chunk = part + c * LANES;
-                if (8 * chunk >= p.head_dim) continue;
-                load_wide(p.query.data, at + 8 * chunk, p.dtype, query[r][c]);
-                RF_UNROLL
-                for (int i = 0; i < 8; i++) query[r][c][i] *= factor;
+                if (!k_in[c]) continue;
+                int64_t mine = at + 8 * (part + c * LANES);
+                if constexpr (PAIRS) {
+                    Chunk<2> x = load_chunk<2>(static_cast<const char *>(p.query.data) + 2 * mine);
+                    RF_UNROLL
+                    for (int i = 0; i < 4; i++) query[r][c][i] = x.w[i];
+                } else {
+                    float x[8];
+                    load_wide(p.query.data, mine, p.dtype, x);
+                    RF_UNROLL
+                    for (int i = 0; i < 8; i++) query[r][c][i] = float_to_bits(x[i] * scale);
+                }
             }
+            if constexpr (PAIRS && SCALED) multiple[r] *= narrow_query(query[r]);
         }
     }
 
-    /* The block of a token of the share, or -1. */
+    /* For 8-bit caches, to float16 in the order of widen_bytes. A row of bfloat16 is multiplied by
+     * a power of two that brings its largest element near to float16's, so that only what is 2^29
+     * times smaller than that loses digits. What undoes it is returned. */
+    RF_DEVICE_MEMBER float narrow_query(unsigned (*q)[WORDS]) const {
+        float undo = 1;
+        if (a.p.dtype == RF_BF16) {
+            int top = 0; /* exponent of the largest */
+            RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+            for (int i = 0; i < 8; i++) {
+                int e = (int)(q[c][i / 2] >> (i % 2 ? 23 : 7) & 0xff);
+                top = e == 255 ? top : larger(e, top);
+            }
+            int up = smaller(127 + 14 - (int)maximum<LANES>((float)top), 120);
+            float scale = bits_to_float((unsigned)(127 + up) << 23);
+            undo = bits_to_float((unsigned)(127 - up) << 23);
+            RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+            for (int i = 0; i < 4; i++)
+                q[c][i] = float_to_half(bits_to_float(q[c][i] << 16) * scale) |
+                          float_to_half(bits_to_float(q[c][i] & 0xffff0000) * scale) << 16;
+        }
+        RF_UNROLL
+        for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+            unsigned x = q[c][i], y = q[c][i + 1];
+            q[c][i] = halves<false>(x, y), q[c][i + 1] = halves<true>(x, y);
+        }
+        return undo;
+    }
+
+    /* Whether each token has a scale of its own; else the head has one. */
+    RF_DEVICE_MEMBER static bool of_tokens(const rf_scales &s) {
+        return s.data && (s.block_stride | s.token_stride) != 0;
+    }
+    RF_DEVICE_MEMBER float of_head(const rf_scales &s) const {
+        return of_tokens(s) ? 1.0f : scale_at(s, 0, tile.kv_head, 0);
+    }
+
+    /* The block of a token of the share, or -1. No branch, nor a condition that the compiler would
+     * make one of: something is read in any case, and loads of several tokens are under way. */
     RF_DEVICE_MEMBER int block_of(int token) const {
-        if (token >= share.end) return -1;
-        int block = load<int32_t>(tile.blocks + rf_quotient((uint32_t)token, a.block_size));
+        int inside = smaller(token, share.end - 1);
+        int block = load<int32_t>(tile.blocks + rf_quotient((uint32_t)inside, a.block_size));
+        block |= (inside - token) >> 31;
         return (uint32_t)block < (uint64_t)a.p.num_blocks ? block : -1;
     }
 
@@ -120,7 +206,7 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
         return tile.kv_len - tile.q_len + (int)rf_quotient((uint32_t)(row0 + r), a.group);
     }
 
-    RF_DEVICE_MEMBER bool sees(int r, int token) const {
+    RF_DEVICE_MEMBER bool sees(int r, int token, bool masked) const {
         bool yes = token >= range[r].low && token < range[r].high;
         int added = token - (tile.kv_len - tile.q_len);
         if (masked && yes && added >= 0) {
@@ -163,69 +249,163 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
         for (int c = 0; c < CHUNKS; c++) to[t][c] = load_chunk<SIZE>(data + offset[t] + at[c]);
     }
 
-    /* Tokens first + side + i * SIDE; `blocks` has theirs. Guarded: rows may not see all of them,
-     * and what they do not see, NaN maybe, must not reach their sums.
+    /* Products of the query with the keys of a token. */
+    RF_DEVICE_MEMBER void multiply_key(const Chunk<SIZE> *key, float *dot) const {
+        RF_UNROLL
+        for (int c = 0; c < CHUNKS; c++) {
+            Chunk<SIZE> k = key[c];
+            RF_UNROLL
+            for (int i = 0; i < 2 * SIZE; i++) k.w[i] = k_in[c] ? k.w[i] : 0;
+            if constexpr (PAIRS) {
+                unsigned x[4];
+                pairs_of(k.w, x);
+                RF_UNROLL
+                for (int r = 0; r < ROWS; r++) RF_UNROLL
+                for (int i = 0; i < 4; i++) dot[r] = add_pair<PAIR>(query[r][c][i], x[i], dot[r]);
+            } else {
+                float x[8];
+                widen<DTYPE>(k, x);
+                RF_UNROLL
+                for (int r = 0; r < ROWS; r++) RF_UNROLL
+                for (int i = 0; i < 8; i++) dot[r] += bits_to_float(query[r][c][i]) * x[i];
+            }
+        }
+    }
+    /* Eight elements of a key as the query has its own. A NaN among them makes the first one NaN.
+     */
+    RF_DEVICE_MEMBER static void pairs_of(const unsigned *w, unsigned *x) {
+        if constexpr (SIZE == 1) {
+            RF_UNROLL
+            for (int i = 0; i < 2; i++) {
+                Halves h = widen_bytes<DTYPE>(w[i], false);
+                x[2 * i] = h.even, x[2 * i + 1] = h.odd;
+            }
+            if constexpr (MAY_BE_NAN<DTYPE>)
+                x[0] = (nan_bytes<DTYPE>(w[0]) | nan_bytes<DTYPE>(w[1])) != 0 ? NAN_F16 : x[0];
+        } else {
+            RF_UNROLL
+            for (int i = 0; i < 4; i++) x[i] = w[i];
+        }
+    }
+
+    /* Probabilities times values. Guarded: not every row sees every token, and what it does not
+     * see, NaN maybe, must not reach its sums. */
+    template <bool GUARDED>
+    RF_DEVICE_MEMBER void add_values(const Chunk<SIZE> (*value)[CHUNKS],
+                                     const float (*weight)[STEPS], const float *v_scale) {
+        (void)v_scale;
+        if constexpr (PAIRS) {
+            bool nan = false;
+            if constexpr (MAY_BE_NAN<DTYPE>) {
+                unsigned bytes = 0;
+                RF_UNROLL
+                for (int t = 0; t < STEPS; t++) RF_UNROLL
+                for (int c = 0; c < CHUNKS; c++)
+                    bytes |=
+                        nan_bytes<DTYPE>(value[t][c].w[0]) | nan_bytes<DTYPE>(value[t][c].w[1]);
+                nan = any(bytes != 0);
+            }
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t += 2) {
+                unsigned p[ROWS], seen[ROWS];
+                RF_UNROLL
+                for (int r = 0; r < ROWS; r++) {
+                    p[r] = pair<PAIR>(weight[r][t], weight[r][t + 1]);
+                    seen[r] =
+                        (weight[r][t] == 0 ? 0 : 0xffff) | (weight[r][t + 1] == 0 ? 0 : 0xffff0000);
+                }
+                RF_UNROLL
+                for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+                for (int i = 0; i < 8; i += 2) {
+                    unsigned x = value[t][c].w[i * SIZE / 4], y = value[t + 1][c].w[i * SIZE / 4];
+                    Halves h = {halves<false>(x, y), halves<true>(x, y)};
+                    if constexpr (SIZE == 1) h = widen_bytes<DTYPE>(i % 4 ? h.odd : h.even, nan);
+                    RF_UNROLL
+                    for (int r = 0; r < ROWS; r++) {
+                        unsigned even = GUARDED ? h.even & seen[r] : h.even;
+                        unsigned odd = GUARDED ? h.odd & seen[r] : h.odd;
+                        sums[r][c][i] = add_pair<PAIR>(even, p[r], sums[r][c][i]);
+                        sums[r][c][i + 1] = add_pair<PAIR>(odd, p[r], sums[r][c][i + 1]);
+                    }
+                }
+            }
+        } else {
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t++) RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) {
+                float x[8];
+                widen<DTYPE>(value[t][c], x);
+                RF_UNROLL
+                for (int r = 0; r < ROWS; r++) {
+                    if (GUARDED && weight[r][t] == 0) continue;
+                    float w = SCALED ? weight[r][t] * v_scale[t] : weight[r][t];
+                    RF_UNROLL
+                    for (int i = 0; i < 8; i++) sums[r][c][i] += w * x[i];
+                }
+            }
+        }
+    }
+
+    /* Tokens first + side + i * SIDE; `blocks` has theirs.
      *
      * Straight-line code: every load is made, from the pool's first block where there is none of
      * its own and from the vector's first chunk past its last, and selected afterwards; a row that
      * the wave does not have is computed with a query of zeros. */
     template <bool GUARDED> RF_DEVICE_MEMBER void step(int first, const int *blocks) {
-        const rf_attention_params &p = a.p;
+        /* With scales there is more to keep than scalar registers. */
+        const rf_attention_params &p = SCALED ? fresh(a).p : a.p;
         int head = tile.kv_head;
         Chunk<SIZE> key[STEPS][CHUNKS], value[STEPS][CHUNKS];
-        float weight[ROWS][STEPS], k_scale[STEPS], v_scale[STEPS];
+        float weight[ROWS][STEPS], k_scale[STEPS], v_scale[STEPS], unweighed[STEPS];
         int offset[STEPS];
         int64_t block[STEPS], at[STEPS];
+        bool k_scaled = SCALED && (!PAIRS || of_tokens(fresh(a).p.k_scale));
+        bool v_scaled = SCALED && (!PAIRS || of_tokens(fresh(a).p.v_scale));
         RF_UNROLL
         for (int t = 0; t < STEPS; t++) {
             uint32_t token = (uint32_t)(first + side + t * SIDE);
-            block[t] = GUARDED && blocks[t] < 0 ? 0 : blocks[t];
+            block[t] = larger(blocks[t], 0);
             offset[t] = (int)(token - rf_quotient(token, a.block_size) * a.block_size.value);
             at[t] = (block[t] * p.k.block_stride + head * p.k.head_stride +
-                     offset[t] * p.k.token_stride) *
+                     (uint32_t)offset[t] * p.k.token_stride) *
                     SIZE;
         }
         read(p.k, at, k_at, fresh(a).p.head_dim, key);
-        if (latent) {
-            RF_UNROLL
-            for (int t = 0; t < STEPS; t++) RF_UNROLL
-            for (int c = 0; c < CHUNKS; c++) value[t][c] = key[t][c];
-        } else {
+        if (!latent) {
             RF_UNROLL
             for (int t = 0; t < STEPS; t++)
                 at[t] = (block[t] * p.v.block_stride + head * p.v.head_stride +
-                         offset[t] * p.v.token_stride) *
+                         (uint32_t)offset[t] * p.v.token_stride) *
                         SIZE;
             read(p.v, at, v_at, fresh(a).p.v_head_dim, value);
         }
-        if (SCALED) {
-            const rf_attention_params &again = fresh(a).p;
+        RF_UNROLL
+        for (int t = 0; t < STEPS; t++) k_scale[t] = v_scale[t] = unweighed[t] = 1;
+        if (k_scaled) {
             RF_UNROLL
-            for (int t = 0; t < STEPS; t++) {
-                k_scale[t] = scale_at(again.k_scale, block[t], head, offset[t]);
-                v_scale[t] = scale_at(again.v_scale, block[t], head, offset[t]);
-            }
+            for (int t = 0; t < STEPS; t++)
+                k_scale[t] = scale_at(fresh(a).p.k_scale, block[t], head, offset[t]);
+        }
+        if (v_scaled) {
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t++)
+                v_scale[t] = scale_at(fresh(a).p.v_scale, block[t], head, offset[t]);
         }
 
         RF_UNROLL
         for (int t = 0; t < STEPS; t++) {
             float dot[ROWS] = {};
-            RF_UNROLL
-            for (int c = 0; c < CHUNKS; c++) {
-                float x[8];
-                Chunk<SIZE> k = key[t][c];
-                RF_UNROLL
-                for (int i = 0; i < 2 * SIZE; i++) k.w[i] = k_in[c] ? k.w[i] : 0;
-                widen<DTYPE>(k, x);
-                RF_UNROLL
-                for (int r = 0; r < ROWS; r++) RF_UNROLL
-                for (int i = 0; i < 8; i++) dot[r] += query[r][c][i] * x[i];
-            }
+            multiply_key(key[t], dot);
             RF_UNROLL
             for (int r = 0; r < ROWS; r++) {
                 weight[r][t] = sum<LANES>(dot[r]);
-                if (SCALED) weight[r][t] *= k_scale[t];
+                if (PAIRS) weight[r][t] *= multiple[r];
             }
+        }
+        if (k_scaled) {
+            RF_UNROLL
+            for (int r = 0; r < ROWS; r++) RF_UNROLL
+            for (int t = 0; t < STEPS; t++) weight[r][t] *= k_scale[t];
         }
         if (capped) {
             float cap = fresh(a).p.softcap * LOG2E;
@@ -239,44 +419,71 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
             for (int t = 0; t < STEPS; t++)
                 weight[r][t] += slope[r] * (float)(first + side + t * SIDE - position(r));
         }
+        if (PAIRS && v_scaled) {
+            RF_UNROLL
+            for (int t = 0; t < STEPS; t++) {
+                float moved = log2(blocks[t] < 0 ? 1.0f : v_scale[t]);
+                moved = moved < -100 ? -100.0f : moved; /* of 0; NaN stays */
+                /* Rows that see a scale of NaN have it in their weight; others must not get it. */
+                if (moved == moved) unweighed[t] = exp2(-moved);
+                RF_UNROLL
+                for (int r = 0; r < ROWS; r++) weight[r][t] += moved;
+            }
+        }
         if (GUARDED) {
+            bool masked = fresh(a).p.mask != nullptr;
             RF_UNROLL
             for (int r = 0; r < ROWS; r++) RF_UNROLL
             for (int t = 0; t < STEPS; t++)
-                if (blocks[t] < 0 || !sees(r, first + side + t * SIDE)) weight[r][t] = -INF;
+                if (blocks[t] < 0 || !sees(r, first + side + t * SIDE, masked)) weight[r][t] = -INF;
         }
 
+        float top[ROWS];
+        bool rises = false;
         RF_UNROLL
         for (int r = 0; r < ROWS; r++) {
-            float top = m[r];
+            top[r] = m[r];
             RF_UNROLL
-            for (int t = 0; t < STEPS; t++) top = larger(top, weight[r][t]);
-            float base = top == -INF ? 0.0f : top;
-            float factor = exp2(m[r] - base);
-            m[r] = top;
-            l[r] *= factor;
+            for (int t = 0; t < STEPS; t++) top[r] = larger(top[r], weight[r][t]);
+            rises |= top[r] > m[r] + LAG;
+        }
+        if (any(rises)) {
             RF_UNROLL
-            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
-            for (int i = 0; i < 8; i++) sums[r][c][i] *= factor;
+            for (int r = 0; r < ROWS; r++) {
+                float lower = top[r] == -INF ? 1.0f : exp2(m[r] - top[r]);
+                m[r] = top[r];
+                l[r] *= lower;
+                RF_UNROLL
+                for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+                for (int i = 0; i < 8; i++) sums[r][c][i] *= lower;
+            }
+        }
+        RF_UNROLL
+        for (int r = 0; r < ROWS; r++) {
+            float base = m[r] == -INF ? 0.0f : m[r];
             RF_UNROLL
             for (int t = 0; t < STEPS; t++) {
                 weight[r][t] = exp2(weight[r][t] - base);
-                l[r] += weight[r][t];
+                l[r] += PAIRS && SCALED ? weight[r][t] * unweighed[t] : weight[r][t];
             }
         }
-        RF_UNROLL
-        for (int t = 0; t < STEPS; t++) RF_UNROLL
-        for (int c = 0; c < CHUNKS; c++) {
-            float x[8];
-            widen<DTYPE>(value[t][c], x);
+        if (latent) { /* here: above, values would wait for the keys that they might be */
             RF_UNROLL
-            for (int r = 0; r < ROWS; r++) {
-                if (GUARDED && weight[r][t] == 0) continue;
-                float w = SCALED ? weight[r][t] * v_scale[t] : weight[r][t];
-                RF_UNROLL
-                for (int i = 0; i < 8; i++) sums[r][c][i] += w * x[i];
-            }
+            for (int t = 0; t < STEPS; t++) RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) value[t][c] = key[t][c];
         }
+        add_values<GUARDED>(value, weight, v_scale);
+    }
+
+    /* The blocks of a step's tokens; whether every row sees all of them. */
+    RF_DEVICE_MEMBER bool look_up(int first, int low, int high, int *blocks) const {
+        bool hole = false;
+        RF_UNROLL
+        for (int t = 0; t < STEPS; t++) {
+            blocks[t] = block_of(first + side + t * SIDE);
+            hole |= blocks[t] < 0;
+        }
+        return first >= low && first + TOKENS <= high && !any(hole);
     }
 
     /* The steps of this wave: number `turn`, turn + turns, ... of the share. */
@@ -289,17 +496,25 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
             low = larger(low, range[r].low);
             high = smaller(high, range[r].high);
         }
-        if (masked) high = smaller(high, tile.kv_len - tile.q_len);
-        for (int first = share.begin + turn * TOKENS; first < share.end; first += turns * TOKENS) {
-            int blocks[STEPS];
-            bool hole = false;
-            RF_UNROLL
-            for (int t = 0; t < STEPS; t++) {
-                blocks[t] = block_of(first + side + t * SIDE);
-                hole |= blocks[t] < 0;
+        if (a.p.mask) high = smaller(high, tile.kv_len - tile.q_len);
+        int first = share.begin + turn * TOKENS, blocks[STEPS];
+        while (first < share.end) {
+            bool steady = look_up(first, low, high, blocks);
+            while (STEADY && steady) { /* a loop of its own: sums stay where they are */
+                step<false>(first, blocks);
+                first += turns * TOKENS;
+                steady = look_up(first, low, high, blocks);
             }
-            if (first >= low && first + TOKENS <= high && !any(hole)) step<false>(first, blocks);
-            else step<true>(first, blocks);
+            if (first >= share.end) break;
+            step<true>(first, blocks);
+            first += turns * TOKENS;
+        }
+        if constexpr (PAIRS && SCALED) {
+            float scale = UNIT<DTYPE> * of_head(fresh(a).p.v_scale);
+            RF_UNROLL
+            for (int r = 0; r < ROWS; r++) RF_UNROLL
+            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+            for (int i = 0; i < 8; i++) sums[r][c][i] *= scale;
         }
     }
 
@@ -347,11 +562,13 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
         int turns = RF_WAVES / apart, turn = wave() / apart;
         row0 = tile.row0 + wave() % apart * ROWS;
         rows = smaller(ROWS, tile.row0 + tile.rows - row0);
-        side = lane() / LANES;
+        /* opaque: with one token a wave its address is the wave's, and scalar registers spill */
+        side = SIDE == 1 ? opaque(0) : lane() / LANES;
         part = lane() % LANES;
         if (rows > 0) {
             start();
             run(turn, turns);
+            rows = uniform(opaque(rows)); /* or what it was compared with before is kept */
             merge_wave();
             RF_UNROLL
             for (int r = 0; r < ROWS; r++) {
@@ -372,17 +589,20 @@ template <int DTYPE, int LANES, int CHUNKS> struct Attention {
 
 } // namespace rf
 
-#define RF_KERNEL_OF(storage, dtype, size, lanes, chunks)                                          \
-    RF_KERNEL(paged_attention_##storage##_d##size, rf_attention_launch) {                          \
-        rf::attend<rf::Attention<dtype, lanes, chunks>>(p);                                        \
+#define RF_KERNEL_OF(name, dtype, narrow, size, lanes, chunks)                                     \
+    RF_KERNEL(paged_attention_##name##_d##size, rf_attention_launch) {                             \
+        rf::attend<rf::Attention<dtype, narrow, lanes, chunks>>(p);                                \
     }
 #define RF_KERNELS_OF_SIZE(size, lanes, chunks)                                                    \
-    RF_KERNEL_OF(f32, RF_F32, size, lanes, chunks)                                                 \
-    RF_KERNEL_OF(f16, RF_F16, size, lanes, chunks)                                                 \
-    RF_KERNEL_OF(bf16, RF_BF16, size, lanes, chunks)                                               \
-    RF_KERNEL_OF(e4m3fn, RF_E4M3FN, size, lanes, chunks)                                           \
-    RF_KERNEL_OF(e4m3fnuz, RF_E4M3FNUZ, size, lanes, chunks)                                       \
-    RF_KERNEL_OF(i8, RF_I8, size, lanes, chunks)
+    RF_KERNEL_OF(f32, RF_F32, false, size, lanes, chunks)                                          \
+    RF_KERNEL_OF(f16, RF_F16, true, size, lanes, chunks)                                           \
+    RF_KERNEL_OF(bf16, RF_BF16, true, size, lanes, chunks)                                         \
+    RF_KERNEL_OF(e4m3fn, RF_E4M3FN, false, size, lanes, chunks)                                    \
+    RF_KERNEL_OF(e4m3fnuz, RF_E4M3FNUZ, false, size, lanes, chunks)                                \
+    RF_KERNEL_OF(i8, RF_I8, false, size, lanes, chunks)                                            \
+    RF_KERNEL_OF(narrow_e4m3fn, RF_E4M3FN, true, size, lanes, chunks)                              \
+    RF_KERNEL_OF(narrow_e4m3fnuz, RF_E4M3FNUZ, true, size, lanes, chunks)                          \
+    RF_KERNEL_OF(narrow_i8, RF_I8, true, size, lanes, chunks)
 RF_SIZE_INSTANCES(RF_KERNELS_OF_SIZE)
 
 RF_KERNEL(paged_attention_reduce_r4, rf_attention_launch) {

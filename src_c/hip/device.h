@@ -15,10 +15,13 @@
  *   shuffle_xor<mask>(x), any(x)            all lanes of the wave must take part
  *   load<T>(p), store(p, x)                 any alignment of the element's own or better
  *   exp2, log2, half_to_float ...           the hardware's
+ *   larger(x, y)                            of two floats; that of a number and a NaN is the number
  *   uniform(x)                              x, which is the same in all lanes
  *   uniform_load<T>(p)                      *p, which nobody writes meanwhile; p likewise
  *   halves<high>(a, b)                      the low or the high 16 bits of a, then those of b
  *   add_halves(a, b)                        two float16 each
+ *   PAIRED<dtype>, add_pair<dtype>(a, b, c) whether the chip multiplies pairs of that 16-bit type;
+ *                                           c + a's low half * b's + a's high half * b's
  *   opaque(x)                               x, of which the compiler does not know that it is
  *   keep_order()                            the compiler moves no instruction across
  *   MATRIX, multiply<dtype>(a, b, c)        the chip's matrix unit (matrix.h); c += a * b
@@ -178,6 +181,7 @@ RF_DEVICE float log2(float x) { return __builtin_log2f(x); }
 RF_DEVICE float bits_to_float(unsigned x) { return __builtin_bit_cast(float, x); }
 RF_DEVICE unsigned float_to_bits(float x) { return __builtin_bit_cast(unsigned, x); }
 RF_DEVICE float round_even(float x) { return __builtin_rintf(x); }
+RF_DEVICE float larger(float a, float b) { return __builtin_fmaxf(a, b); }
 RF_DEVICE float half_to_float(unsigned x) {
     return (float)__builtin_bit_cast(_Float16, (unsigned short)x);
 }
@@ -223,6 +227,46 @@ template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
 RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
     typedef _Float16 Two __attribute__((ext_vector_type(2)));
     return __builtin_bit_cast(unsigned, __builtin_bit_cast(Two, a) + __builtin_bit_cast(Two, b));
+}
+
+/* Dot products of two, v_dot2_f32_f16 and v_dot2_f32_bf16: products are exact, sums are float32,
+ * rounded once or twice; float32 subnormals are flushed, and bfloat16's. float16's count, except on
+ * gfx90a, whose unit takes them for 0 (AMD, "MI200 MFMA behavior specifics"): not used there, since
+ * the smallest float8 elements become such. gfx9-generic has chips without the instruction. */
+#if defined(__gfx1030__) || defined(__gfx1031__) || defined(__gfx1032__) ||                        \
+    defined(__gfx1033__) || defined(__gfx1034__) || defined(__gfx1035__) ||                        \
+    defined(__gfx1036__) || defined(__gfx10_3_generic__)
+#define RF_GFX10_3 1
+#endif
+#if defined(__gfx942__) || defined(__gfx950__) || defined(RF_GFX10_3) || defined(__GFX11__) ||     \
+    defined(__GFX12__)
+#define RF_DOT2_F16 1
+#endif
+#if defined(__gfx950__) || defined(__GFX11__) || defined(__GFX12__)
+#define RF_DOT2_BF16 1
+#endif
+template <int DTYPE> constexpr bool PAIRED = false;
+#if defined(RF_DOT2_F16)
+template <> constexpr bool PAIRED<RF_F16> = true;
+#endif
+#if defined(RF_DOT2_BF16)
+template <> constexpr bool PAIRED<RF_BF16> = true;
+#endif
+template <int DTYPE> RF_DEVICE float add_pair(unsigned a, unsigned b, float c) {
+#if defined(RF_DOT2_F16)
+    typedef _Float16 Two __attribute__((ext_vector_type(2)));
+    if constexpr (DTYPE == RF_F16)
+        return __builtin_amdgcn_fdot2(__builtin_bit_cast(Two, a), __builtin_bit_cast(Two, b), c,
+                                      false);
+#endif
+#if defined(RF_DOT2_BF16)
+    typedef short Both __attribute__((ext_vector_type(2)));
+    if constexpr (DTYPE == RF_BF16)
+        return __builtin_amdgcn_fdot2_f32_bf16(__builtin_bit_cast(Both, a),
+                                               __builtin_bit_cast(Both, b), c, false);
+#endif
+    (void)a, (void)b;
+    return c;
 }
 
 #if defined(__gfx950__)
@@ -315,6 +359,7 @@ RF_DEVICE int uniform(int x) { return x; }
 RF_DEVICE void release() { __threadfence(); }
 RF_DEVICE void acquire() { __threadfence(); }
 RF_DEVICE uint32_t fetch_add(uint32_t *p, uint32_t x) { return atomicAdd(p, x); }
+RF_DEVICE int opaque(int x) { return x; }
 template <class T> RF_DEVICE T load(const void *p) { /* CUDA wants every access aligned */
     T x;
     constexpr int step = alignof(T) < 4 ? alignof(T) : 4;
@@ -339,6 +384,7 @@ RF_DEVICE unsigned float_to_bits(float x) { return __float_as_uint(x); }
 RF_DEVICE float exp2(float x) { return ::exp2f(x); }
 RF_DEVICE float log2(float x) { return ::log2f(x); }
 RF_DEVICE float round_even(float x) { return ::rintf(x); }
+RF_DEVICE float larger(float a, float b) { return ::fmaxf(a, b); }
 RF_DEVICE float half_to_float(unsigned x) {
     float y;
     asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((unsigned short)x));
@@ -349,6 +395,16 @@ RF_DEVICE unsigned float_to_half(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
     return y;
 }
+
+template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
+    return HIGH ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
+}
+RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
+    unsigned low = float_to_half(half_to_float(a & 0xffff) + half_to_float(b & 0xffff));
+    return low | float_to_half(half_to_float(a >> 16) + half_to_float(b >> 16)) << 16;
+}
+template <int DTYPE> constexpr bool PAIRED = false;
+template <int DTYPE> __device__ float add_pair(unsigned a, unsigned b, float c);
 
 constexpr int HARDWARE_FP8 = -1;
 template <bool HIGH> __device__ void fp8_pair(unsigned word, float *out);
@@ -371,9 +427,6 @@ constexpr float LN2 = 0.69314718055994530942f;
 
 RF_DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 RF_DEVICE int larger(int a, int b) { return a > b ? a : b; }
-RF_DEVICE float larger(float a, float b) {
-    return a > b || b != b ? a : b;
-} /* b's NaN is ignored */
 
 /* Over FROM lanes each, which have equal values, to TO lanes each: the others' sum or maximum. */
 template <int TO, int FROM = 1> RF_DEVICE float sum(float x) {

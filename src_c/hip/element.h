@@ -58,9 +58,11 @@ template <int SIZE> RF_DEVICE Chunk<SIZE> zero_chunk() {
  * by 2^8 (bias 15 instead of 7) or 2^7 (instead of 8), subnormals included. */
 template <int DTYPE> RF_DEVICE float widen_fp8(unsigned byte) {
     float x = half_to_float((byte & 0x80) << 8 | (byte & 0x7f) << 7);
-    if constexpr (DTYPE == RF_E4M3FN)
-        return (byte & 0x7f) == 0x7f ? bits_to_float(0x7fc00000) : x * 256.0f;
-    else return byte == 0x80 ? bits_to_float(0x7fc00000) : x * 128.0f;
+    /* 0x80 of NaN, else 0: not a condition, of which each would take scalar registers. */
+    unsigned nan =
+        DTYPE == RF_E4M3FN ? ((byte & 0x7f) + 1) & 0x80 : ~((byte & 0x7f) + 0x7f) & byte & 0x80;
+    return bits_to_float(float_to_bits(x * (DTYPE == RF_E4M3FN ? 256.0f : 128.0f)) |
+                         nan * 0xff8000);
 }
 
 /* Nearest, ties to even; too large saturates; NaN stays NaN. The cache's bits are the same from
@@ -160,6 +162,52 @@ RF_DEVICE void store_wide(void *data, int64_t element, int dtype, const float *x
     else if (dtype == RF_F16)
         store_chunk(static_cast<char *>(data) + 2 * element, narrow_chunk<RF_F16>(x));
     else store_chunk(static_cast<char *>(data) + 2 * element, narrow_chunk<RF_BF16>(x));
+}
+
+/* ------------------------------------------------------------------------- pairs of float16 */
+
+/* 8-bit elements become float16, which holds each of them exactly: two of a word's four at a time,
+ * those of its even and those of its odd bytes. Times UNIT that is the element: float8's exponent
+ * and fraction go to the places of float16's, as above. */
+struct Halves {
+    unsigned even, odd;
+};
+template <int DTYPE>
+constexpr float UNIT = DTYPE == RF_E4M3FN     ? 256
+                       : DTYPE == RF_E4M3FNUZ ? 128
+                                              : 1;
+template <int DTYPE> constexpr bool MAY_BE_NAN = DTYPE == RF_E4M3FN || DTYPE == RF_E4M3FNUZ;
+constexpr unsigned NAN_F16 = 0x7e00;
+
+/* 0x80 in each byte that is NaN. */
+template <int DTYPE> RF_DEVICE unsigned nan_bytes(unsigned w) {
+    unsigned magnitude = w & 0x7f7f7f7f;
+    if constexpr (DTYPE == RF_E4M3FN) return (magnitude + 0x01010101) & 0x80808080;
+    else if constexpr (DTYPE == RF_E4M3FNUZ) return ~(magnitude + 0x7f7f7f7f) & w & 0x80808080;
+    else return 0;
+}
+/* Without `nan` there is none in the word. */
+template <int DTYPE> RF_DEVICE Halves widen_bytes(unsigned w, bool nan) {
+    if constexpr (DTYPE == RF_I8) {
+        /* 1024 + 128 + the element, less 1152: a byte is the last of float16's fraction there. */
+        unsigned above = w ^ 0x80808080;
+        return {add_halves((above & 0x00ff00ff) | 0x64006400, 0xe480e480),
+                add_halves((above >> 8 & 0x00ff00ff) | 0x64006400, 0xe480e480)};
+    } else {
+        Halves h = {(w << 8 & 0x80008000) | (w << 7 & 0x3f803f80),
+                    (w & 0x80008000) | (w >> 1 & 0x3f803f80)};
+        if (nan) {
+            unsigned bytes = nan_bytes<DTYPE>(w);
+            h.even |= (bytes >> 7 & 0x00010001) * NAN_F16;
+            h.odd |= (bytes >> 15 & 0x00010001) * NAN_F16;
+        }
+        return h;
+    }
+}
+/* Two numbers that are not negative, rounded to the nearest 16-bit ones. */
+template <int DTYPE> RF_DEVICE unsigned pair(float x, float y) {
+    if constexpr (DTYPE == RF_F16) return float_to_half(x) | float_to_half(y) << 16;
+    else return halves<true>(float_to_bits(x) + 0x8000, float_to_bits(y) + 0x8000);
 }
 
 } // namespace rf

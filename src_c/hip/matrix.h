@@ -49,46 +49,8 @@ template <int DTYPE> RF_DEVICE void product(const Operand &a, const Operand &b, 
     if constexpr (MATRIX == MFMA_16) multiply<DTYPE>(a.w + 2, b.w + 2, c.x);
 }
 
-/* ------------------------------------------------------------------------- 8-bit elements */
+/* ------------------------------------------------------------------------- operands */
 
-/* They become float16, which holds each of them exactly: two of a word's four at a time, those of
- * its even and those of its odd bytes. Times UNIT that is the element: float8's exponent and
- * fraction go to the places of float16's, as in element.h. */
-struct Halves {
-    unsigned even, odd;
-};
-template <int DTYPE>
-constexpr float UNIT = DTYPE == RF_E4M3FN     ? 256
-                       : DTYPE == RF_E4M3FNUZ ? 128
-                                              : 1;
-template <int DTYPE> constexpr bool MAY_BE_NAN = DTYPE == RF_E4M3FN || DTYPE == RF_E4M3FNUZ;
-constexpr unsigned NAN_F16 = 0x7e00;
-
-/* 0x80 in each byte that is NaN. */
-template <int DTYPE> RF_DEVICE unsigned nan_bytes(unsigned w) {
-    unsigned magnitude = w & 0x7f7f7f7f;
-    if constexpr (DTYPE == RF_E4M3FN) return (magnitude + 0x01010101) & 0x80808080;
-    else if constexpr (DTYPE == RF_E4M3FNUZ) return ~(magnitude + 0x7f7f7f7f) & w & 0x80808080;
-    else return 0;
-}
-/* Without `nan` there is none in the word. */
-template <int DTYPE> RF_DEVICE Halves widen_bytes(unsigned w, bool nan) {
-    if constexpr (DTYPE == RF_I8) {
-        /* 1024 + 128 + the element, less 1152: a byte is the last of float16's fraction there. */
-        unsigned above = w ^ 0x80808080;
-        return {add_halves((above & 0x00ff00ff) | 0x64006400, 0xe480e480),
-                add_halves((above >> 8 & 0x00ff00ff) | 0x64006400, 0xe480e480)};
-    } else {
-        Halves h = {(w << 8 & 0x80008000) | (w << 7 & 0x3f803f80),
-                    (w & 0x80008000) | (w >> 1 & 0x3f803f80)};
-        if (nan) {
-            unsigned bytes = nan_bytes<DTYPE>(w);
-            h.even |= (bytes >> 7 & 0x00010001) * NAN_F16;
-            h.odd |= (bytes >> 15 & 0x00010001) * NAN_F16;
-        }
-        return h;
-    }
-}
 /* The operand of what a lane has read: 16-bit elements, or 8-bit ones in the order of widen_bytes.
  */
 template <int DTYPE> RF_DEVICE Operand operand_of_words(const unsigned *w) {
@@ -108,13 +70,6 @@ template <int DTYPE> RF_DEVICE Operand operand_of_words(const unsigned *w) {
     return o;
 }
 
-/* ------------------------------------------------------------------------- probabilities */
-
-/* Two numbers that are not negative, rounded to the nearest 16-bit ones. */
-template <int DTYPE> RF_DEVICE unsigned pair(float x, float y) {
-    if constexpr (DTYPE == RF_F16) return float_to_half(x) | float_to_half(y) << 16;
-    else return halves<true>(float_to_bits(x) + 0x8000, float_to_bits(y) + 0x8000);
-}
 template <int DTYPE> RF_DEVICE Operand operand_of(const Sums *tiles) {
     Operand o;
     RF_UNROLL

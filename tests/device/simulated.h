@@ -70,6 +70,7 @@ RF_DEVICE unsigned float_to_bits(float x) { return load<unsigned>(&x); }
 RF_DEVICE float exp2(float x) { return std::exp2(x); }
 RF_DEVICE float log2(float x) { return std::log2(x); }
 RF_DEVICE float round_even(float x) { return std::nearbyint(x); }
+RF_DEVICE float larger(float a, float b) { return std::fmax(a, b); }
 RF_DEVICE float half_to_float(unsigned x) {
     unsigned sign = (x & 0x8000) << 16, magnitude = x & 0x7fff;
     if (magnitude >= 0x7c00) return bits_to_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
@@ -94,6 +95,20 @@ template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
 RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
     unsigned low = float_to_half(half_to_float(a & 0xffff) + half_to_float(b & 0xffff));
     return low | float_to_half(half_to_float(a >> 16) + half_to_float(b >> 16)) << 16;
+}
+
+/* Dot products of two: what the manuals of the instruction sets say of V_DOT2_F32_F16 and
+ * V_DOT2_F32_BF16. */
+#ifndef RF_SIMULATED_PAIRS
+#define RF_SIMULATED_PAIRS true
+#endif
+template <int DTYPE> constexpr bool PAIRED = DTYPE != RF_F32 && (RF_SIMULATED_PAIRS);
+template <int DTYPE> RF_DEVICE float half_element(unsigned bits) {
+    return DTYPE == RF_F16 ? half_to_float(bits & 0xffff) : bits_to_float(bits << 16);
+}
+template <int DTYPE> RF_DEVICE float add_pair(unsigned a, unsigned b, float c) {
+    c += half_element<DTYPE>(a) * half_element<DTYPE>(b);
+    return c + half_element<DTYPE>(a >> 16) * half_element<DTYPE>(b >> 16);
 }
 
 /* Matrix instructions by their documented layouts ("AMD Instinct MI300" and "RDNA3", "RDNA4"

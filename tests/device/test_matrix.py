@@ -63,11 +63,11 @@ def test_eight_bit_caches(device, kv_dtype, scales, dtype, head_dim, heads, bloc
     check(make(dtype, [150, 64, 7, 600], [4, 40, 1, 1], **kinds), device)
 
 
-def test_scales_of_tokens_far_apart(device):
+@pytest.mark.parametrize("head_dim", [64, 72])  # 72: pairs in vector arithmetic
+def test_scales_of_tokens_far_apart(device, head_dim):
     """Float16 holds neither the largest times the largest probability nor the smallest."""
-    problem = make(
-        BFLOAT16, [300, 40], [2, 1], heads=(4, 1), head_dim=64, kv_dtype=FLOAT8, scales="token"
-    )
+    kinds = {"heads": (4, 1), "head_dim": head_dim, "kv_dtype": FLOAT8, "scales": "token"}
+    problem = make(BFLOAT16, [300, 40], [2, 1], **kinds)
     for exponents in ((-60, -30), (10, 40), (-20, 20)):
         spread = np.random.default_rng(0).integers(*exponents, problem.v_scale.shape)
         check(problem.but(v_scale=np.ldexp(problem.v_scale, spread).astype(np.float32)), device)
@@ -82,9 +82,10 @@ def test_scales_of_tokens_far_apart(device):
         assert np.isnan(got).any(axis=(1, 2)).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("head_dim", [64, 72])
 @pytest.mark.parametrize("power", [-100, -20, 20, 100])
-def test_queries_beyond_float16(device, power):
-    problem = make(BFLOAT16, [70, 33], [3, 1], heads=(4, 1), head_dim=64, kv_dtype=INT8)
+def test_queries_beyond_float16(device, power, head_dim):
+    problem = make(BFLOAT16, [70, 33], [3, 1], heads=(4, 1), head_dim=head_dim, kv_dtype=INT8)
     query = np.ldexp(problem.query.astype(np.float32), power).astype(BFLOAT16)
     check(problem.but(query=query), device, scale=2.0**-power / 8)
 
@@ -93,7 +94,7 @@ def test_queries_beyond_float16(device, power):
 def test_nan_of_float8(device, kv_dtype):
     """In a key it is the logit's, in a value that of its own element."""
     code = 0x7F if kv_dtype == FLOAT8 else 0x80
-    for head_dim in (64, 128, 256):
+    for head_dim in (64, 72, 128, 256, 520):
         problem = make(FLOAT16, [50, 50, 50], heads=(4, 1), head_dim=head_dim, kv_dtype=kv_dtype)
         for sequence, name, element in ((0, "k_cache", 5), (1, "v_cache", head_dim - 2)):
             block = problem.block_table[sequence, 20 // 16]
