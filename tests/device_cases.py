@@ -65,4 +65,7 @@ def check(
         bound = magnitudes.call(reference.paged_attention, **kwargs)
         bound = bound * ROUNDING[problem.k_cache.dtype]
     assert_close(out, want, bound, rounds=True)
-    np.testing.assert_allclose(lse, want_lse, rtol=2e-6, atol=5e-6)
+    # gfx90a's matrix unit takes elements of float16 below 2^-14 for 0
+    flushes = device.architecture.startswith("gfx90a") and problem.k_cache.dtype == FLOAT16
+    atol = 5e-5 if flushes else 5e-6
+    np.testing.assert_allclose(lse, want_lse, rtol=2e-6, atol=atol)

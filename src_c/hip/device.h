@@ -19,12 +19,13 @@
  *   uniform(x)                              x, which is the same in all lanes
  *   uniform_load<T>(p)                      *p, which nobody writes meanwhile; p likewise
  *   halves<high>(a, b)                      the low or the high 16 bits of a, then those of b
- *   add_halves(a, b)                        two float16 each
+ *   add_halves(a, b), multiply_halves(a, b) two float16 each
  *   PAIRED<dtype>, add_pair<dtype>(a, b, c) whether the chip multiplies pairs of that 16-bit type;
  *                                           c + a's low half * b's + a's high half * b's
  *   opaque(x)                               x, of which the compiler does not know that it is
  *   keep_order()                            the compiler moves no instruction across
  *   MATRIX, multiply<dtype>(a, b, c)        the chip's matrix unit (matrix.h); c += a * b
+ *   FLUSHES                                 whether it takes subnormal numbers for 0
  *   HARDWARE_FP8, fp8_pair<high>(word, out) the float8 encoding that the chip itself converts to
  *                                           float, two of a word's four bytes at once; -1: neither
  */
@@ -228,6 +229,10 @@ RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
     typedef _Float16 Two __attribute__((ext_vector_type(2)));
     return __builtin_bit_cast(unsigned, __builtin_bit_cast(Two, a) + __builtin_bit_cast(Two, b));
 }
+RF_DEVICE unsigned multiply_halves(unsigned a, unsigned b) {
+    typedef _Float16 Two __attribute__((ext_vector_type(2)));
+    return __builtin_bit_cast(unsigned, __builtin_bit_cast(Two, a) * __builtin_bit_cast(Two, b));
+}
 
 /* Dot products of two, v_dot2_f32_f16 and v_dot2_f32_bf16: products are exact, sums are float32,
  * rounded once or twice; float32 subnormals are flushed, and bfloat16's. float16's count, except on
@@ -279,6 +284,11 @@ constexpr int MATRIX = WMMA_WHOLE;
 constexpr int MATRIX = WMMA_HALVES;
 #else
 constexpr int MATRIX = NO_MATRIX;
+#endif
+#if defined(__gfx90a__) /* AMD, "MI200 MFMA behavior specifics" */
+constexpr bool FLUSHES = true;
+#else
+constexpr bool FLUSHES = false;
 #endif
 template <class T, int N> using Lanes = T __attribute__((ext_vector_type(N)));
 template <class To, int WORDS> RF_DEVICE To operand(const unsigned *w) {
@@ -403,6 +413,11 @@ RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
     unsigned low = float_to_half(half_to_float(a & 0xffff) + half_to_float(b & 0xffff));
     return low | float_to_half(half_to_float(a >> 16) + half_to_float(b >> 16)) << 16;
 }
+RF_DEVICE unsigned multiply_halves(unsigned a, unsigned b) {
+    unsigned low = float_to_half(half_to_float(a & 0xffff) * half_to_float(b & 0xffff));
+    return low | float_to_half(half_to_float(a >> 16) * half_to_float(b >> 16)) << 16;
+}
+constexpr bool FLUSHES = false;
 template <int DTYPE> constexpr bool PAIRED = false;
 template <int DTYPE> __device__ float add_pair(unsigned a, unsigned b, float c);
 

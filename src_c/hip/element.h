@@ -168,14 +168,15 @@ RF_DEVICE void store_wide(void *data, int64_t element, int dtype, const float *x
 
 /* 8-bit elements become float16, which holds each of them exactly: two of a word's four at a time,
  * those of its even and those of its odd bytes. Times UNIT that is the element: float8's exponent
- * and fraction go to the places of float16's, as above. */
+ * and fraction go to the places of float16's, as above. Its smallest are subnormal there: where the
+ * matrix unit takes such for 0, UNIT is multiplied with at once. */
 struct Halves {
     unsigned even, odd;
 };
 template <int DTYPE>
-constexpr float UNIT = DTYPE == RF_E4M3FN     ? 256
-                       : DTYPE == RF_E4M3FNUZ ? 128
-                                              : 1;
+constexpr float UNIT = FLUSHES || DTYPE == RF_I8 ? 1
+                       : DTYPE == RF_E4M3FN      ? 256
+                                                 : 128;
 template <int DTYPE> constexpr bool MAY_BE_NAN = DTYPE == RF_E4M3FN || DTYPE == RF_E4M3FNUZ;
 constexpr unsigned NAN_F16 = 0x7e00;
 
@@ -196,6 +197,10 @@ template <int DTYPE> RF_DEVICE Halves widen_bytes(unsigned w, bool nan) {
     } else {
         Halves h = {(w << 8 & 0x80008000) | (w << 7 & 0x3f803f80),
                     (w & 0x80008000) | (w >> 1 & 0x3f803f80)};
+        if constexpr (FLUSHES) {
+            constexpr unsigned units = DTYPE == RF_E4M3FN ? 0x5c005c00 : 0x58005800; /* 256, 128 */
+            h = {multiply_halves(h.even, units), multiply_halves(h.odd, units)};
+        }
         if (nan) {
             unsigned bytes = nan_bytes<DTYPE>(w);
             h.even |= (bytes >> 7 & 0x00010001) * NAN_F16;

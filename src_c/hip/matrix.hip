@@ -21,9 +21,11 @@
  * next step are read as soon as those of this one are used; elsewhere other waves fill the time.
  * What a mask, a hole or an end touches, and other block sizes, look blocks up lane by lane.
  *
- * The softmax is in base 2. A maximum is replaced, and the sums rescaled, when a logit of the wave
- * exceeds it by more than LAG: probabilities up to 2^LAG cost nothing in float32, and their 16 bits
- * are relative. Probabilities are rounded to the cache's type, their sum is not.
+ * The softmax is in base 2. Probabilities are relative to a base m that is LIFT below a maximum; it
+ * is replaced, and the sums rescaled, when a logit of the wave exceeds it by more than LAG, 2^LAG
+ * being the most that float16 holds. So those 2^-25 times the largest are normal numbers of float16
+ * still, which have all its bits and count on gfx90a (FLUSHES). Probabilities are rounded to the
+ * cache's type, their sum is not.
  *
  * 8-bit elements become float16 in registers (matrix.h), keys where they are multiplied, values
  * after they are transposed; all products are of float16. A key's 16 bytes are two operands, so the
@@ -66,7 +68,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     static constexpr int PIECES = DIM / 16 / WIDTH;
     static constexpr int TILES = DIM / 16; /* tiles of sums */
     static constexpr int STEP = DEPTH;     /* tokens */
-    static constexpr float LAG = 8;
+    static constexpr float LIFT = 11, LAG = 15;
     /* Keys and values of the next step are read during this one where registers allow: words of
      * the sums, of keys and of values. */
     static constexpr bool AHEAD =
@@ -363,7 +365,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             for (int s = 0; s < SUBTILES; s++) RF_UNROLL
             for (int i = 0; i < PER; i++) top = larger(x[s].x[i], top);
             if (any(top > m + LAG)) {
-                top = maximum<WAVE, 16>(larger(m, top));
+                top = maximum<WAVE, 16>(larger(m, top - LIFT));
                 float scale = top == -INF ? 1.0f : exp2(m - top);
                 m = top;
                 l *= scale;

@@ -97,6 +97,11 @@ RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
     return low | float_to_half(half_to_float(a >> 16) + half_to_float(b >> 16)) << 16;
 }
 
+RF_DEVICE unsigned multiply_halves(unsigned a, unsigned b) {
+    unsigned low = float_to_half(half_to_float(a & 0xffff) * half_to_float(b & 0xffff));
+    return low | float_to_half(half_to_float(a >> 16) * half_to_float(b >> 16)) << 16;
+}
+
 /* Dot products of two: what the manuals of the instruction sets say of V_DOT2_F32_F16 and
  * V_DOT2_F32_BF16. */
 #ifndef RF_SIMULATED_PAIRS
@@ -115,6 +120,11 @@ template <int DTYPE> RF_DEVICE float add_pair(unsigned a, unsigned b, float c) {
  * Instruction Set Architecture, matrix chapters; AMD's matrix instruction calculator): which lane
  * has element k of row i of A, or of column i of B, at which place; and sum (row, column). */
 constexpr int MATRIX = RF_SIMULATED_MATRIX;
+#ifdef RF_SIMULATED_FLUSHES
+constexpr bool FLUSHES = true;
+#else
+constexpr bool FLUSHES = false;
+#endif
 constexpr int MATRIX_DEPTH = MATRIX == MFMA_32 ? 32 : 16;
 RF_DEVICE int operand_lane(int i, int k) {
     if (MATRIX == MFMA_16) return i + 16 * (k / 4);
@@ -131,6 +141,7 @@ RF_DEVICE int sum_row(int lane, int place) {
 template <int DTYPE> RF_DEVICE float operand_element(const unsigned *words, int i, int k) {
     unsigned w = words[16 * operand_lane(i, k) + operand_place(k) / 2];
     unsigned bits = operand_place(k) % 2 ? w >> 16 : w & 0xffff;
+    if (FLUSHES && (bits & (DTYPE == RF_F16 ? 0x7c00 : 0x7f80)) == 0) return 0;
     return DTYPE == RF_F16 ? half_to_float(bits) : bits_to_float(bits << 16);
 }
 template <int DTYPE> RF_DEVICE void multiply(const unsigned *a, const unsigned *b, float *c) {

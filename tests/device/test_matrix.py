@@ -10,7 +10,18 @@ import numpy as np
 import pytest
 
 from device_cases import FEATURES, attend, check, on, up
-from ops_cases import BFLOAT16, EIGHT_BIT, FLOAT8, FLOAT16, FLOAT32, INT8, bits, make, tree_mask
+from ops_cases import (
+    BFLOAT16,
+    EIGHT_BIT,
+    FLOAT8,
+    FLOAT8UZ,
+    FLOAT16,
+    FLOAT32,
+    INT8,
+    bits,
+    make,
+    tree_mask,
+)
 from rocmforge.ops import paged_attention
 
 
@@ -131,6 +142,34 @@ def test_logits_that_rise(device):
     for i, block in enumerate(problem.block_table[0, :32]):
         keys[block] *= (i % 7) * 2.0
     check(problem.but(k_cache=keys.astype(BFLOAT16)), device)
+
+
+@pytest.mark.parametrize("kv_dtype", [FLOAT16, BFLOAT16, FLOAT8, FLOAT8UZ], ids=str)
+def test_small_probabilities_count(device, kv_dtype):
+    """Each is too small for a normal float16, all of them are a thirteenth of the result."""
+    dtype = kv_dtype if kv_dtype in (FLOAT16, BFLOAT16) else BFLOAT16
+    problem = make(dtype, [5000], heads=(4, 1), kv_dtype=kv_dtype, scales="scalar")
+    problem = problem.but(k_scale=1.0, v_scale=1.0) if kv_dtype != dtype else problem
+    query = np.zeros_like(problem.query)
+    query[:, :, 0] = 11
+    key, value = np.zeros_like(problem.k_cache), np.ones_like(problem.v_cache)
+    key[problem.block_table[0, 0], 0, 0, 0] = 1
+    value[problem.block_table[0, 0], 0, 0] = 0
+    problem = problem.but(query=query, k_cache=key, v_cache=value, options={"scale": 1.0})
+    assert 0.07 < problem.expected()[0].min() < 0.08
+    check(problem, device)
+
+
+@pytest.mark.parametrize("kv_dtype", [FLOAT8, FLOAT8UZ], ids=str)
+def test_small_elements_count(device, kv_dtype):
+    """The subnormal numbers of float8, which its smallest exponent has."""
+    problem = make(FLOAT16, [300, 20], [4, 1], heads=(4, 1), kv_dtype=kv_dtype, scales="scalar")
+    small = {}
+    for name in ("k_cache", "v_cache"):
+        codes = getattr(problem, name).view(np.uint8) & 0x87
+        small[name] = np.where(codes == 0x80, 0, codes).astype(np.uint8).view(kv_dtype)
+    assert 0 < np.abs(small["v_cache"].astype(np.float32)).max() < 2.0**-6
+    check(problem.but(**small, k_scale=100.0, v_scale=100.0), device)
 
 
 def test_bits_do_not_depend_on_the_batch(device):
