@@ -161,36 +161,6 @@ static void amx_scores(const uint32_t *q, int64_t ld, const amx_tiles keys[AMX_K
 
 /* ---- values ---- */
 
-/* Sixteen dwords of each of sixteen rows, ld apart, to rows of sixteen. */
-RF_INLINE void amx_transpose(const uint32_t *from, int64_t ld, uint32_t *to) {
-    __m512i x[16], y[16];
-#pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(from + i * ld);
-#pragma GCC unroll 8
-    for (int i = 0; i < 16; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 16; i += 4) { /* x[i + j]: of rows i .. i + 3, columns j, j + 4, ... */
-        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        __m512i a = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88); /* columns j, j + 8 */
-        __m512i b = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd); /* j + 4, j + 12 */
-        __m512i c = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
-        __m512i d = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
-        _mm512_storeu_si512(to + j * 16, _mm512_shuffle_i32x4(a, c, 0x88));
-        _mm512_storeu_si512(to + (j + 4) * 16, _mm512_shuffle_i32x4(b, d, 0x88));
-        _mm512_storeu_si512(to + (j + 8) * 16, _mm512_shuffle_i32x4(a, c, 0xdd));
-        _mm512_storeu_si512(to + (j + 12) * 16, _mm512_shuffle_i32x4(b, d, 0xdd));
-    }
-}
-
 /* acc = acc * alpha for sixteen rows. Most tiles raise no row's maximum. */
 RF_INLINE void amx_rescale(float *acc, int64_t lda, const float *alpha, int dim) {
     if (_mm512_cmp_ps_mask(vf_load(alpha), vf_set1(1.0f), _CMP_EQ_OQ) == 0xffff) return;
@@ -212,7 +182,7 @@ static void amx_values(float *acc, int64_t lda, const float *alpha, uint32_t *p,
     }
     for (int64_t r = 0; r < ld; r += 16) {
         for (int k = 0; k < steps; k++)
-            amx_transpose(p + k * 16 * ld + r, ld, turned + (r / 16 * steps + k) * 256);
+            rf_transpose(p + k * 16 * ld + r, ld, turned + (r / 16 * steps + k) * 256, 16);
         if (alpha) amx_rescale(acc + r * lda, lda, alpha + r, used);
     }
     for (int c = 0; c < used; c += 32) {

@@ -20,6 +20,7 @@
 #define RF_CPU_AMX_BLOCK_H
 
 #include "amx.h"
+#include "block.h"
 
 /* Dwords of a tile. */
 #define AMX_TILE 256
@@ -91,22 +92,9 @@ RF_INLINE amx_product values_of(const rf_part *x, const rf_block *block) {
                          .blocks = used / 32};
 }
 
-/* Probabilities of a row, which are pairs of bfloat16 afterwards, in its place. The sum by lanes.
- */
-RF_INLINE vf block_row(float *row, int full, vf factor, vf shift, const float *scale) {
-    vf total = vf_zero(), other = vf_zero();
-    for (int t = 0; t < full; t += 32) {
-        vf a = vf_exp2(_mm512_fmsub_ps(vf_load(row + t), factor, shift));
-        vf b = vf_exp2(_mm512_fmsub_ps(vf_load(row + t + 16), factor, shift));
-        total = vf_add(total, a);
-        other = vf_add(other, b);
-        if (scale) {
-            a = vf_mul(a, vf_load(scale + t));
-            b = vf_mul(b, vf_load(scale + t + 16));
-        }
-        _mm512_storeu_si512(row + t / 2, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-    }
-    return vf_add(total, other);
+/* A row's probabilities as pairs of bfloat16, behind what is still to be read. */
+static inline void pack_pairs(float *row, int t, vf a, vf b) {
+    _mm512_storeu_si512(row + t / 2, (__m512i)_mm512_cvtne2ps_pbh(b, a));
 }
 
 static void run_blocks(const rf_part *x, const rf_block *first, const rf_block *second,
@@ -117,26 +105,17 @@ static void run_blocks(const rf_part *x, const rf_block *first, const rf_block *
     amx_product *now = todo, *const end = todo + 2;
     if (second) {
         const int all = todo[0].blocks * todo[0].steps + todo[1].blocks * todo[1].steps;
-        const int full = block_tokens(second->n);
-        const vf factor = vf_set1(second->factor);
         for (int r = 0, done = 0; r < RF_BLOCK_ROWS; r += 4) {
-            vf v[4];
-            float *at = second->s + r * RF_BLOCK_LD, *max = second->max + r;
-            for (int j = 0; j < 4; j++) v[j] = vf_set1(-INFINITY);
-            for (int t = 0; t < full; t += 16)
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) v[j] = vf_max(vf_load(at + j * RF_BLOCK_LD + t), v[j]);
-            vf_hmax4(v, max);
+            vf sum[4];
+            block_maxima(second, r);
             for (int j = 0; j < 4; j++) {
-                max[j] *= second->factor;
-                const vf shift = vf_set1(max[j] == -INFINITY ? 0.0f : max[j]); /* all are 0 then */
-                v[j] = block_row(at + j * RF_BLOCK_LD, full, factor, shift, x->scale);
+                sum[j] = block_row(second, r + j, x->scale, pack_pairs);
                 for (; done < all * (r + j + 1) / RF_BLOCK_ROWS; done++) {
                     while (now->blocks == 0) now++;
                     amx_step(now);
                 }
             }
-            vf_hsum4(v, second->sum + r);
+            vf_hsum4(sum, second->sum + r);
         }
         return;
     }

@@ -339,8 +339,8 @@ static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
                 _mm512_store_si512(rows + 32 * i, a);
                 _mm512_store_si512(rows + 32 * i + 16, b);
             }
-            amx_transpose(rows, 32, to);
-            amx_transpose(rows + 16, 32, to + AMX_TILE);
+            rf_transpose(rows, 32, to, 16);
+            rf_transpose(rows + 16, 32, to + AMX_TILE, 16);
             to += 2 * AMX_TILE;
         }
     const int64_t tiles = rf_pad_dim(v->dim) / 16;

@@ -161,6 +161,15 @@ static void NAME(pv_few)(float *acc, int64_t lda, const float *alpha, float *p, 
     NAME(pv)(acc, lda, alpha, p, RF_FEW_LD, 1, x, rows);
 }
 
+/* Two vectors of elements, of which n exist. */
+RF_INLINE void NAME(two)(const T *from, int n, float *to) {
+    vf a, b;
+    if (n >= 2 * RF_W) rf_ld2(from, &a, &b);
+    else rf_ld2_part(from, n, &a, &b);
+    vf_store(to, a);
+    vf_store(to + RF_W, b);
+}
+
 #ifdef RF_IS_FLOAT
 static void NAME(qk_many)(const void *query, int64_t ld, const rf_phase *x, float factor, float *s,
                           void *work) {
@@ -180,13 +189,7 @@ static void NAME(widen)(const rf_phase *x, float *out, int64_t ld) {
         const T *row = (const T *)x->base + x->off[t];
         float *to = out + t * ld;
         if (x->ahead) prefetch_vector(x->ahead, t, x->dim * (int)sizeof(T));
-        for (int c = 0; c < x->dim; c += 2 * RF_W) {
-            vf a, b;
-            if (x->dim - c >= 2 * RF_W) rf_ld2(row + c, &a, &b);
-            else rf_ld2_part(row + c, x->dim - c, &a, &b);
-            vf_store(to + c, a);
-            vf_store(to + c + RF_W, b);
-        }
+        for (int c = 0; c < x->dim; c += 2 * RF_W) NAME(two)(row + c, x->dim - c, to + c);
     }
 }
 
@@ -208,6 +211,29 @@ static void NAME(pv_many)(float *acc, int64_t lda, const float *alpha, float *p,
     widened(&w, x, work, rf_pad_dim(x->dim), dim);
     pv_f32(acc, lda, alpha, p, 1, ld, &w.phase, rows);
 }
+#endif
+
+#ifdef RF_BLOCK_RB
+/* Keys as panels of columns, values as panels of rows. Past the end keys are the last token. */
+static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
+    for (int t = 0; t < panels(k->n) * RF_PANEL; t += RF_W) {
+        float *const to = (float *)x->keys + t / RF_PANEL * RF_PANEL * x->ldq + t % RF_PANEL;
+        for (int c = 0; c < k->dim; c += RF_PANEL) {
+            _Alignas(64) float rows[RF_W * RF_PANEL];
+            for (int i = 0; i < RF_W; i++) {
+                const int64_t at = k->off[t + i < k->n ? t + i : k->n - 1] + c;
+                NAME(two)((const T *)k->base + at, k->dim - c, rows + i * RF_PANEL);
+            }
+            rf_transpose(rows, RF_PANEL, to + c * RF_PANEL, RF_PANEL);
+            rf_transpose(rows + RF_W, RF_PANEL, to + (c + RF_W) * RF_PANEL, RF_PANEL);
+        }
+    }
+    for (int t = 0; t < v->n; t++)
+        for (int c = 0; c < v->dim; c += RF_PANEL)
+            NAME(two)((const T *)v->base + v->off[t] + c, v->dim - c,
+                      (float *)x->values + c * RF_PART + t * RF_PANEL);
+}
+static const rf_blocks NAME(blocks) = {.rows = 256, .pack = NAME(pack), .run = run_blocks};
 #endif
 
 #undef RF_IS_FLOAT

@@ -14,6 +14,7 @@
 #define RF_RB 4 /* 16 accumulators, 8 keys, 2 queries of the 32 registers */
 #define RF_TB 4
 
+#define RF_BLOCK_RB  8 /* 16 accumulators, a panel's pair, a row */
 #define RF_MANY_NV   4
 #define RF_MANY_FULL 6 /* 24 accumulators, 4 queries, a key */
 #define RF_MANY_TB   12
@@ -71,6 +72,36 @@ static inline vf vf_exp2(vf x) {
     return _mm512_maskz_scalef_ps(normal, p, x);
 }
 
+static inline void rf_transpose(const void *from, int64_t ld, void *to, int64_t ldt) {
+    const uint32_t *const row = from;
+    uint32_t *const column = to;
+    __m512i x[16], y[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_si512(row + i * ld);
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) { /* x[i + j]: of rows i .. i + 3, columns j, j + 4, ... */
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512i a = _mm512_shuffle_i32x4(x[j], x[j + 4], 0x88); /* columns j, j + 8 */
+        __m512i b = _mm512_shuffle_i32x4(x[j], x[j + 4], 0xdd); /* j + 4, j + 12 */
+        __m512i c = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0x88);
+        __m512i d = _mm512_shuffle_i32x4(x[j + 8], x[j + 12], 0xdd);
+        _mm512_storeu_si512(column + j * ldt, _mm512_shuffle_i32x4(a, c, 0x88));
+        _mm512_storeu_si512(column + (j + 4) * ldt, _mm512_shuffle_i32x4(b, d, 0x88));
+        _mm512_storeu_si512(column + (j + 8) * ldt, _mm512_shuffle_i32x4(a, c, 0xdd));
+        _mm512_storeu_si512(column + (j + 12) * ldt, _mm512_shuffle_i32x4(b, d, 0xdd));
+    }
+}
 static inline __mmask32 rf_lanes(int n) { return (__mmask32)((1u << n) - 1u); }
 
 static inline void rf_ld2_f32(const float *p, vf *a, vf *b) {

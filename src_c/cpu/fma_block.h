@@ -1,0 +1,67 @@
+/* Prompts in float32: the products by blocks of rows (rf_blocks). Part of fma.h.
+ *
+ * Keys are packed as columns, [element][token], so that lanes are tokens and elements of queries
+ * are broadcast; values as rows, [token][element], so that lanes are elements and probabilities are
+ * broadcast. A panel of RF_BLOCK_NV vectors of tokens, or of two of elements, stays in the first
+ * level while all rows of a block pass by. */
+#ifndef RF_CPU_FMA_BLOCK_H
+#define RF_CPU_FMA_BLOCK_H
+
+#include "block.h"
+
+/* Floats of a step of a panel: two vectors. */
+#define RF_PANEL (2 * RF_W)
+RF_INLINE int panels(int n) { return (n + RF_PANEL - 1) / RF_PANEL; }
+
+/* c = a b for RF_BLOCK_RB rows and a panel of b: a[row * lda + step], b[step * RF_PANEL + lane]. */
+RF_INLINE void fma_product(const float *a, int64_t lda, const float *b, int steps, float *c,
+                           int64_t ldc) {
+    vf sum[RF_BLOCK_RB][2];
+#pragma GCC unroll 8
+    for (int r = 0; r < RF_BLOCK_RB; r++) sum[r][0] = sum[r][1] = vf_zero();
+#pragma GCC unroll 4
+    for (int k = 0; k < steps; k++, b += RF_PANEL) {
+        const vf x = vf_load(b), y = vf_load(b + RF_W);
+#pragma GCC unroll 8
+        for (int r = 0; r < RF_BLOCK_RB; r++) {
+            const vf z = vf_set1(a[r * lda + k]);
+            sum[r][0] = vf_fma(x, z, sum[r][0]);
+            sum[r][1] = vf_fma(y, z, sum[r][1]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < RF_BLOCK_RB; r++) {
+        vf_store(c + r * ldc, sum[r][0]);
+        vf_store(c + r * ldc + RF_W, sum[r][1]);
+    }
+}
+/* The same for all rows of a block and n panels, `next` floats apart. */
+static void fma_products(const float *a, int64_t lda, const float *b, int64_t next, int steps,
+                         float *c, int64_t ldc, int n) {
+    for (int i = 0; i < n; i++, b += next, c += RF_PANEL)
+        for (int r = 0; r < RF_BLOCK_ROWS; r += RF_BLOCK_RB)
+            fma_product(a + r * lda, lda, b, steps, c + r * ldc, ldc);
+}
+
+static inline void store_floats(float *row, int t, vf a, vf b) {
+    vf_store(row + t, a);
+    vf_store(row + t + RF_W, b);
+}
+
+static void run_blocks(const rf_part *x, const rf_block *first, const rf_block *second,
+                       const rf_block *third) {
+    if (first)
+        fma_products(first->s, RF_BLOCK_LD, x->values, RF_PART * RF_PANEL, first->n, first->acc,
+                     x->lda, panels(x->v_dim));
+    for (int r = 0; second && r < RF_BLOCK_ROWS; r += 4) {
+        vf sum[4];
+        block_maxima(second, r);
+        for (int j = 0; j < 4; j++) sum[j] = block_row(second, r + j, x->scale, store_floats);
+        vf_hsum4(sum, second->sum + r);
+    }
+    if (third)
+        fma_products(third->q, x->ldq, x->keys, x->ldq * RF_PANEL, panels(x->dim) * RF_PANEL,
+                     third->s, RF_BLOCK_LD, panels(third->n));
+}
+
+#endif
