@@ -3,11 +3,7 @@
 #ifndef RF_CPU_FMA_H
 #define RF_CPU_FMA_H
 
-#include "phase.h"
-
-#ifdef RF_BLOCK_RB
 #include "fma_block.h"
-#endif
 
 /* Scores of tb tokens with nv vectors of rows, s[token * ld + row]: a key's element meets all rows
  * at once, so keys are broadcast and nothing is summed across lanes. q[element * ld + row]. */
@@ -140,11 +136,6 @@ static void softmax_many(float *s, int64_t ld, int n, float *max, float *sum, fl
 #define RF_ONE_e4m3fn   0x1p-8f
 #define RF_ONE_e4m3fnuz 0x1p-7f
 
-#ifdef RF_BLOCK_RB
-#define RF_FMA_BLOCKS(kv) .blocks = &blocks_##kv
-#else
-#define RF_FMA_BLOCKS(kv) .blocks = NULL
-#endif
 #define RF_FMA(q, kv)                                                                              \
     {.query_size = 4,                                                                              \
      .chunk = 2 * RF_W,                                                                            \
@@ -156,7 +147,7 @@ static void softmax_many(float *s, int64_t ld, int n, float *max, float *sum, fl
      .values_few = pv_few_##kv,                                                                    \
      .values_many = pv_many_##kv,                                                                  \
      .finish = finish_##q,                                                                         \
-     RF_FMA_BLOCKS(kv)}
+     .blocks = &blocks_##kv}
 #define RF_FMA_8BIT(q) RF_FMA(q, e4m3fn), RF_FMA(q, e4m3fnuz), RF_FMA(q, i8)
 
 #endif

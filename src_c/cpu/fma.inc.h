@@ -213,7 +213,6 @@ static void NAME(pv_many)(float *acc, int64_t lda, const float *alpha, float *p,
 }
 #endif
 
-#ifdef RF_BLOCK_RB
 /* Keys as panels of columns, values as panels of rows. Past the end keys are the last token. */
 static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
     for (int t = 0; t < panels(k->n) * RF_PANEL; t += RF_W) {
@@ -234,7 +233,6 @@ static void NAME(pack)(const rf_phase *k, const rf_phase *v, const rf_part *x) {
                       (float *)x->values + c * RF_PART + t * RF_PANEL);
 }
 static const rf_blocks NAME(blocks) = {.rows = 256, .pack = NAME(pack), .run = run_blocks};
-#endif
 
 #undef RF_IS_FLOAT
 #undef T

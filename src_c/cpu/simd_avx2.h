@@ -9,6 +9,7 @@
 #define RF_RB 4 /* 8 accumulators, 4 keys, 2 queries of the 16 registers */
 #define RF_TB 2
 
+#define RF_BLOCK_RB  4 /* 8 accumulators, a panel's pair, a row */
 #define RF_MANY_NV   2
 #define RF_MANY_FULL 6 /* 12 accumulators, 2 queries, a key */
 #define RF_MANY_TB   8
@@ -65,6 +66,27 @@ static inline vf vf_exp2(vf x) {
     __m256i e = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     vf y = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(e, 23)));
     return _mm256_and_ps(y, keep);
+}
+
+static inline void rf_transpose(const void *from, int64_t ld, void *to, int64_t ldt) {
+    const float *const row = from;
+    float *const column = to;
+    __m256 x[8], y[8];
+    for (int i = 0; i < 4; i++) { /* rows i and i + 4: their columns 0 .. 3, and 4 .. 7 */
+        const __m256 a = vf_load(row + i * ld), b = vf_load(row + (i + 4) * ld);
+        x[i] = _mm256_permute2f128_ps(a, b, 0x20);
+        x[i + 4] = _mm256_permute2f128_ps(a, b, 0x31);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; j++) {
+            y[i + j] = _mm256_unpacklo_ps(x[i + j], x[i + j + 2]);
+            y[i + j + 2] = _mm256_unpackhi_ps(x[i + j], x[i + j + 2]);
+        }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 4; j += 2) {
+            vf_store(column + (i + j) * ldt, _mm256_unpacklo_ps(y[i + j], y[i + j + 1]));
+            vf_store(column + (i + j + 1) * ldt, _mm256_unpackhi_ps(y[i + j], y[i + j + 1]));
+        }
 }
 
 static inline void rf_ld2_f32(const float *p, vf *a, vf *b) {

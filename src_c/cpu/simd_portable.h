@@ -3,6 +3,7 @@
  * What each simd_*.h provides is told here.
  *   RF_W        lanes of vf. Storage is handled in pairs of vectors, 2 * RF_W elements.
  *   RF_TB       tokens of a query-key block; RF_RB rows of queries in it (registers decide).
+ *   RF_BLOCK_RB in blocks: rows that meet a panel, two vectors, at once; divides RF_BLOCK_ROWS.
  *   RF_MANY_NV  with many rows: vectors of rows that a block of tokens has at most; RF_MANY_FULL
  *               tokens of such a block, RF_MANY_TB of one with a single vector.
  *   rf_ld2_T    2 * RF_W elements of storage type T as two vectors, in their order; bfloat16 may
@@ -10,6 +11,7 @@
  *               and values, which rf_st2_bf16 undoes; rf_ld2_bf16n and rf_st2_bf16n keep the order.
  *               _part: only the first n, a multiple of 8, are touched in memory; the others are
  *               zero. 8-bit types: the code's own value, not scaled.
+ *   rf_transpose  RF_W dwords of each of RF_W rows, ld dwords apart, as rows ldt apart.
  *   rf_reduce   the sums over the lanes of acc[row][token], times factor, to s[row * lds + token].
  */
 #ifndef RF_SIMD_H
@@ -22,6 +24,7 @@
 #define RF_RB 4
 #define RF_TB 2
 
+#define RF_BLOCK_RB  4
 #define RF_MANY_NV   2
 #define RF_MANY_FULL 4
 #define RF_MANY_TB   4
@@ -85,6 +88,13 @@ static inline vf vf_exp2(vf x) {
     vi e = (vi)r - (vi)magic;
     vf y = p * (vf)(vi)((e + 127) << 23);
     return vf_select(under, vf_zero(), y);
+}
+
+static inline void rf_transpose(const void *from, int64_t ld, void *to, int64_t ldt) {
+    const float *const row = from;
+    float *const column = to;
+    for (int i = 0; i < RF_W; i++)
+        for (int j = 0; j < RF_W; j++) column[j * ldt + i] = row[i * ld + j];
 }
 
 static inline vu rf_words(const uint16_t *p) { return (vu){p[0], p[1], p[2], p[3]}; }
