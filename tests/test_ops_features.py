@@ -375,17 +375,28 @@ def test_bits_do_not_depend_on_the_batch_or_the_threads(dtype, kv_dtype, options
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("kv_dtype", [BFLOAT16, *EIGHT_BIT], ids=str)
 @pytest.mark.parametrize(
-    "options",
-    [*OPTIONS, {"scale": -0.1}, {"causal": False, "window_size": (270, 30)}],
-    ids=["plain", "window-sinks", "cap-alibi", "negative", "both-sides"],
+    ("dtype", "kv_dtype"),
+    [(dtype, dtype) for dtype in DTYPES] + [(BFLOAT16, kv_dtype) for kv_dtype in EIGHT_BIT],
+    ids=str,
 )
-def test_prompts_over_several_parts(kv_dtype, options, threads):
+@pytest.mark.parametrize(
+    ("options", "tree"),
+    [
+        *((options, False) for options in OPTIONS),
+        ({"scale": -0.1}, False),
+        ({"causal": False, "window_size": (270, 30)}, False),
+        ({"causal": False}, True),
+    ],
+    ids=["plain", "window-sinks", "cap-alibi", "negative", "both-sides", "tree"],
+)
+def test_prompts_over_several_parts(dtype, kv_dtype, options, tree, threads):
     """Chunks of prompts, whose rows are many blocks: right, and the same bits however split."""
     problem = make(
-        BFLOAT16, [700, 513, 40, 300], [150, 97, 40, 1], heads=(8, 2), kv_dtype=kv_dtype, holes=0.1
+        dtype, [700, 513, 40, 300], [150, 97, 40, 1], heads=(8, 2), kv_dtype=kv_dtype, holes=0.1
     )
+    if tree:
+        problem = problem.but(mask=tree_mask(problem))
     problem = problem.but(options=options)
     threads(1)
     check(problem)
@@ -395,6 +406,25 @@ def test_prompts_over_several_parts(kv_dtype, options, threads):
     for i, (start, stop) in enumerate(itertools.pairwise(problem.cu_seqlens_q)):
         got = bits(problem.only(i).call(paged_attention))
         np.testing.assert_array_equal(got, want[start:stop])
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("dtype", "kv_dtype"), [(FLOAT32, FLOAT32), (BFLOAT16, INT8)], ids=str)
+@pytest.mark.parametrize("dims", [(8, 8), (40, 72), (136, 24), (576, 512)], ids=str)
+def test_prompts_of_any_head_dim(dtype, kv_dtype, dims):
+    """Blocks of rows where elements are no whole panels or tiles, over whole and partial parts."""
+    head_dim, v_head_dim = dims
+    problem = make(
+        dtype,
+        [300, 101],
+        [110, 101],
+        heads=(4, 2),
+        head_dim=head_dim,
+        v_head_dim=v_head_dim,
+        kv_dtype=kv_dtype,
+        layout="NHD",
+    )
+    check(problem)
 
 
 # ---------------------------------------------------------------- merging

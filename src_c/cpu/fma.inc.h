@@ -2,8 +2,8 @@
  *
  * With few rows a head: scores by blocks of RF_RB rows x RF_TB tokens whose lanes are elements of a
  * key, and sums by blocks of RF_RB rows x 4 vectors. Elements are converted as they are read, once,
- * as all rows are in a block. With many rows a tile is converted first (widen), and the products
- * are those of float32. */
+ * as all rows are in a block. With many rows a tile is converted first (widen), or a part of the
+ * context packed (pack), and the products are those of float32. */
 
 /* Scores of rb rows with RF_TB tokens; u: which block of the tile. fixed: dim is known when
  * compiling, a multiple of 4 vectors. */
