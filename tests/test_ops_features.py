@@ -409,7 +409,11 @@ def test_prompts_over_several_parts(dtype, kv_dtype, options, tree, threads):
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize(("dtype", "kv_dtype"), [(FLOAT32, FLOAT32), (BFLOAT16, INT8)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (BFLOAT16, INT8)],
+    ids=str,
+)
 @pytest.mark.parametrize("dims", [(8, 8), (40, 72), (136, 24), (576, 512)], ids=str)
 def test_prompts_of_any_head_dim(dtype, kv_dtype, dims):
     """Blocks of rows where elements are no whole panels or tiles, over whole and partial parts."""
