@@ -58,14 +58,15 @@ static int64_t scratch_floats(const rf_attention_params *p, int64_t rows, int64_
            3 * rf_pad_rows(all) + 3 * RF_TILE_TOKENS + work;
 }
 
+/* Row r of a head, of queries or outputs. */
 RF_INLINE char *row_of(const rf_rows *x, const rf_shape *s, int64_t token, int64_t head, int64_t r,
                        int size) {
     return (char *)x->data + ((token + r / s->group) * x->token_stride +
                               (head * s->group + r % s->group) * x->head_stride) *
                                  size;
 }
-/* Of queries or outputs, the row that comes eight later: rows of a head are too far apart for what
- * the processor fetches by itself. Gained 4 to 5% of short prompts with heads of 64. */
+/* Brings nearer the row that comes eight later: rows of a head are too far apart for what the
+ * processor fetches by itself. Gained 4 to 5% of short prompts with heads of 64. */
 RF_INLINE void prefetch_row(const rf_rows *x, const rf_shape *s, int64_t token, int64_t head,
                             int64_t r, int dim, int size) {
     if (r + 8 >= s->rows) return;

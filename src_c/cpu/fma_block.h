@@ -6,10 +6,10 @@
  *
  * Learnt on a Xeon of 230 GFLOP/s in multiply-adds alone, one thread, others at work. AVX-512, a
  * block over 256 tokens of heads of 64, in the caches: scores and values 5.1 us each, 0.86 of
- * that, softmax 1.3. A prompt of 1,800 gets 135 GFLOP/s: 69% of it is these products, 10% softmax,
- * 6% packing, most of that waiting for memory. Against the products of many rows it takes 0.80 to
- * 0.85 of the time with AVX-512 (bfloat16 and 8-bit caches 0.78), 0.76 to 0.80 with AVX2, 0.87 to
- * 0.93 in portable C.
+ * that, softmax 1.3. A prompt of 1,800 gets 125 to 140 GFLOP/s: 69% of it is these products, 10%
+ * softmax, 6% packing, most of that waiting for memory. Against the products of many rows it takes
+ * 0.81 to 0.84 of the time with AVX-512 (the other types 0.78 to 0.80), 0.76 to 0.81 with AVX2,
+ * 0.87 to 0.93 in portable C.
  *
  * Rows x vectors at once, AVX-512: 8 x 2, and four steps a turn, 195 to 205 GFLOP/s; a step a turn
  * 190; 12 x 2 as much; 4 x 4 175 to 190; 8 x 3, which leaves half a panel idle with heads of 64,
