@@ -42,7 +42,7 @@ static int64_t score_floats(int64_t head_rows, int64_t heads) {
     return (heads * head_rows + 4) * RF_FEW_LD; /* rows are handled by four */
 }
 
-/* A part's keys and values, packed as floats at most, and the scores of two blocks. */
+/* A part's keys and values, packed as wide as queries are, and the scores of two blocks. */
 static int64_t block_floats(int64_t q_dim, int64_t v_dim) {
     return RF_PART * (q_dim + v_dim) + 2 * RF_BLOCK_ROWS * RF_BLOCK_LD;
 }
@@ -338,11 +338,12 @@ static void add_blocks(rf_work *w, const rf_tile *t, const rf_tile *next, rf_sta
     const rf_phase k = {at_head(w->k, &p->k, size, h), t->k, NULL, all, p->head_dim};
     const rf_phase v = {at_head(w->v, &p->v, size, h), t->v, NULL, all, p->v_head_dim};
     rf_part part = {.keys = w->wide, .ldq = s->q_dim, .lda = s->v_dim};
-    part.values = w->wide + RF_PART * s->q_dim;
+    part.values = (char *)w->wide + RF_PART * s->q_bytes;
     part.scale = token_scales(p, &p->v_scale, t->v_scale, all, w->task->head + h, w->v_scale);
     part.dim = p->head_dim;
     part.v_dim = p->v_head_dim;
-    float *const scores = (float *)part.values + RF_PART * s->v_dim;
+    const int64_t values = RF_PART * s->v_dim * w->f->query_size;
+    float *const scores = (float *)(void *)((char *)part.values + values);
     float *const states = later + RF_BLOCK_ROWS * s->v_dim;
     const float factor = p->scale * RF_LOG2E * head_scale(p, w->f, &p->k_scale, w->task->head + h);
     rf_logits logits = {0};

@@ -7,9 +7,10 @@
 /* The largest logits of rows r .. r + 3 of a block. */
 RF_INLINE void block_maxima(const rf_block *b, int r) {
     const float *s = b->s + r * RF_BLOCK_LD;
+    const int full = block_tokens(b->n);
     vf top[4];
     for (int j = 0; j < 4; j++) top[j] = vf_set1(-INFINITY);
-    for (int t = 0; t < block_tokens(b->n); t += RF_W)
+    for (int t = 0; t < full; t += RF_W)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) top[j] = vf_max(vf_load(s + j * RF_BLOCK_LD + t), top[j]);
     vf_hmax4(top, b->max + r);
@@ -21,10 +22,11 @@ RF_INLINE void block_maxima(const rf_block *b, int r) {
 RF_INLINE vf block_row(const rf_block *b, int r, const float *scale,
                        void (*store)(float *row, int t, vf p, vf q)) {
     float *const row = b->s + r * RF_BLOCK_LD;
+    const int full = block_tokens(b->n);
     const vf factor = vf_set1(b->factor);
     const vf shift = vf_set1(b->max[r] == -INFINITY ? 0.0f : -b->max[r]); /* all are 0 then */
     vf sum = vf_zero(), other = vf_zero();
-    for (int t = 0; t < block_tokens(b->n); t += 2 * RF_W) {
+    for (int t = 0; t < full; t += 2 * RF_W) {
         vf p = vf_exp2(vf_fma(vf_load(row + t), factor, shift));
         vf q = vf_exp2(vf_fma(vf_load(row + t + RF_W), factor, shift));
         sum = vf_add(sum, p);

@@ -31,7 +31,7 @@ typedef struct rf_block {
 
 /* A head's part of the context. */
 typedef struct rf_part {
-    void *keys, *values; /* packed */
+    void *keys, *values; /* packed, as wide as queries are */
     const float *scale;  /* factors of each token's values, or NULL */
     int64_t ldq, lda;    /* elements from one row of queries to the next, and of sums */
     int dim, v_dim;
