@@ -301,20 +301,25 @@ def issue_cycles(tool: str, arch: str, loop: list[Instruction]) -> tuple[float, 
 
 def kernel_name(shape: Shape, arch: str) -> tuple[str, str]:
     """Family and name of the kernel that serves the shape."""
-    matrix = arch != "gfx1030" and shape.head_dim in (64, 128, 256)
+    matrix = arch != "gfx1030" and shape.head_dim <= 256
     prefix = "paged_attention_matrix" if matrix else "paged_attention"
     narrow = "narrow_" if shape.size == 1 and not matrix else ""
-    size = min(size for size in SIZES if shape.head_dim <= size)
-    return "matrix" if matrix else "attention", f"{prefix}_{narrow}{shape.element}_d{size}"
+    family = "matrix" if matrix else "attention"
+    return family, f"{prefix}_{narrow}{shape.element}_d{kernel_size(shape)}"
+
+
+def kernel_size(shape: Shape) -> int:
+    """Elements of a head that the kernel is built for: so many it has the work of."""
+    return min(size for size in SIZES if shape.head_dim <= size)
 
 
 def round_bytes(shape: Shape, family: str, wave_size: int) -> int:
-    """Keys and values that a wave reads in a round of the inner loop.
+    """Keys and values that a wave loads in a round of the inner loop, some twice in smaller heads.
 
     matrix.hip: 32 tokens (waves of 64) or 16; attention.hip: 4 x 8 elements a lane.
     """
     if family == "matrix":
-        return 2 * wave_size // 2 * shape.head_dim * shape.size
+        return 2 * wave_size // 2 * kernel_size(shape) * shape.size
     return 2 * wave_size * 4 * 8 * shape.size
 
 
@@ -401,7 +406,7 @@ def loops(
             issue = max(issue, matrix_operations * chip.simds / chip.operations)
             a_simd = chip.bandwidth / chip.units / chip.simds / chip.clock  # bytes a cycle
             waves = kernel.waves * chip.simds
-            its_bytes = nbytes / sharing_waves(shape, family)
+            its_bytes = nbytes * shape.head_dim / kernel_size(shape) / sharing_waves(shape, family)
             of_memory = issue * a_simd / its_bytes
             flight = its_bytes / 2 * waves / (chip.bandwidth / chip.units * latency)
             missed = ["issue"] * (of_memory >= 1) + ["flight"] * (flight < 1)

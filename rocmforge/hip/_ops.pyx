@@ -59,18 +59,20 @@ cdef extern from *:
     static int is_narrow(const rf_attention_params *p) {
         return p->kv_dtype >= RF_E4M3FN && p->dtype != RF_F32;
     }
-    /* Whether RF_MATRIX_INSTANCES has it. */
-    static int has_matrix(const rf_attention_params *p) {
-        const int wide = p->kv_dtype < RF_E4M3FN ? p->kv_dtype == p->dtype : is_narrow(p);
-        if (!wide || p->v_head_dim != p->head_dim) return 0;
-    #define RF_MATCHES(name, code, size) if (p->kv_dtype == code && p->head_dim == size) return 1;
-        RF_MATRIX_INSTANCES(RF_MATCHES)
-    #undef RF_MATCHES
+    /* The smallest size of RF_MATRIX_INSTANCES that has it; 0: none. */
+    static int matrix_size(const rf_attention_params *p) {
+        const int wide = p->kv_dtype >= RF_E4M3FN ? is_narrow(p) : p->kv_dtype == p->dtype;
+        const int whole = p->kv_dtype >= RF_E4M3FN ? 16 : 8; /* elements of 16 bytes */
+        if (!wide || p->head_dim % whole || p->v_head_dim % whole) return 0;
+    #define RF_FITS(name, code, size) \
+        if (p->kv_dtype == code && p->head_dim <= size && p->v_head_dim <= size) return size;
+        RF_MATRIX_INSTANCES(RF_FITS)
+    #undef RF_FITS
         return 0;
     }
     """
     bint is_narrow(const rf_attention_params *p)
-    int has_matrix(const rf_attention_params *p)
+    int matrix_size(const rf_attention_params *p)
     const char *storage_name(int dtype)
     int size_for(int dim, int *chunks)
 
@@ -81,24 +83,37 @@ cdef int _MINUS_INFINITY = <int>0xff800000
 cdef int64_t _MAX_GRID = 65535  # of y and z
 cdef int64_t _MAX_SPLITS = 256
 
-# Kernel names by (size, storage, 16-bit queries over 8 bits, matrix): made once, not at each call.
+# Kernel names by (head_dim, storage, 16-bit queries over 8 bits, matrix kernel's size or 0): made
+# once, not at each call.
 cdef dict _names = {}
 
 
-cdef bint _takes_matrix(rf_attention_launch *a, Device device) except -1:
-    """Whether the kernels with matrix instructions serve the call: RF_MATRIX_INSTANCES, and strides
-    between tokens that 16 of them keep below 2 GiB."""
-    return (has_matrix(&a.p) and 0 <= a.p.k.token_stride < 1 << 25
-            and 0 <= a.p.v.token_stride < 1 << 25 and device.has("matrix"))
+# For tests and measurements.
+cdef bint _by_matrix = True
 
 
-cdef tuple _kernel_of(int head_dim, int dtype, bint narrow, bint matrix):
+def by_matrix(yes):
+    """Let kernels with matrix instructions serve the calls that they can serve, or none."""
+    global _by_matrix
+    _by_matrix = yes
+
+
+cdef int _matrix_size(rf_attention_launch *a, Device device) except -1:
+    """Size of the kernel with matrix instructions that serves the call, 0 where none does:
+    RF_MATRIX_INSTANCES, and strides between tokens that 16 of them keep below 2 GiB."""
+    if not (_by_matrix and 0 <= a.p.k.token_stride < 1 << 25
+            and 0 <= a.p.v.token_stride < 1 << 25 and device.has("matrix")):
+        return 0
+    return matrix_size(&a.p)
+
+
+cdef tuple _kernel_of(int head_dim, int dtype, bint narrow, int matrix):
     """Family and name of the attention kernel, name of its reduction, rows of a tile."""
     key = (head_dim, dtype, narrow, matrix)
     known = _names.get(key)
     cdef int chunks = 0, size
     if known is None and matrix:
-        kernel = f"paged_attention_matrix_{storage_name(dtype).decode()}_d{head_dim}"
+        kernel = f"paged_attention_matrix_{storage_name(dtype).decode()}_d{matrix}"
         known = "matrix", kernel, "paged_attention_matrix_reduce", RF_MATRIX_ROWS
         _names[key] = known
     elif known is None:
@@ -267,7 +282,7 @@ def attention_workspace_size(*, num_seqs, num_heads, num_kv_heads, head_dim, max
     a.p.v_head_dim = head_dim if v_head_dim is None else v_head_dim
     a.p.num_seqs = num_seqs
     a.p.num_tokens = num_seqs * max_seqlen_q
-    tile = _kernel_of(max(head_dim, a.p.v_head_dim), 0, False, False)[3]
+    tile = _kernel_of(max(head_dim, a.p.v_head_dim), 0, False, 0)[3]
     _plan(&a, &plan, tile, max_seqlen_q, max_seq_len, num_splits, deterministic, units)
     size = plan.bytes  # whichever kernel the calls' types choose
     _plan(&a, &plan, RF_MATRIX_ROWS, max_seqlen_q, max_seq_len, num_splits, deterministic, units)
@@ -316,7 +331,7 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     a.mask_width = <int32_t>max(mask_width, 0)
     family, kernel_name, reduction_name, tile_rows = _kernel_of(
         max(a.p.head_dim, a.p.v_head_dim), a.p.kv_dtype, is_narrow(&a.p),
-        _takes_matrix(&a, device))
+        _matrix_size(&a, device))
     a.block_size = rf_divisor_of(<uint32_t>a.p.block_size)
     a.group = rf_divisor_of(<uint32_t>(a.p.num_heads // a.p.num_kv_heads))
     a.heads = rf_divisor_of(<uint32_t>a.p.num_kv_heads)

@@ -1,6 +1,6 @@
 /* Attention by matrix instructions: decode, verification and prefill of 16-bit queries over caches
- * of the same type or of 8 bits, with heads of 64, 128 or 256 elements. Mathematics, rows, tiles
- * and splits are those of attention.hip.
+ * of the same type or of 8 bits, with heads of up to 256 elements. Mathematics, rows, tiles and
+ * splits are those of attention.hip.
  *
  * Work: a workgroup has a tile of up to RF_MATRIX_ROWS rows; a wave has 16 of them as the columns
  * of its tiles of sums. What waves are left take turns at the tokens: all four with up to 16 rows,
@@ -14,7 +14,8 @@
  * v_perm: the columns of that patch are operands of as many products, whose row is the lane's piece
  * of the head. So a lane's sums are whole pieces of its own query row, which leave in 16 bytes.
  * Only the query lies in LDS, read again in each step; in the end the waves' states pass through
- * it.
+ * it. Kernels are for 64, 128 and 256 elements; where a head has fewer, its last bytes are read in
+ * the place of what is past them.
  *
  * A step is steady when its blocks hold 16 tokens each that all rows see: then addresses are
  * scalar, and ids are read two steps ahead. Where registers allow (AHEAD) keys and values of the
@@ -49,7 +50,9 @@
  *   each product pinned to its place, query read from LDS     160   181: what is here
  *   and 32 rows a wave for prefill on gfx942                  212   7 scalars spilled
  * 8-bit caches, the same sizes: 126 and 191; for 256 elements 190 and 229. LDS for what undoes the
- * rows' powers of two beside the query, not before it, cost gfx942 one of two workgroups of 256. */
+ * rows' powers of two beside the query, not before it, cost gfx942 one of two workgroups of 256.
+ * Heads of other sizes: where each read is, kept in registers, took 14 and 12 more, computed for
+ * each read none. */
 #include "attention.h"
 #include "matrix.h"
 
@@ -112,18 +115,26 @@ template <int DTYPE, int DIM> struct MatrixAttention {
 
     /* ---------------------------------------------------------------- what is read */
 
-    RF_DEVICE_MEMBER static void read_key(const char *p, int piece,
-                                          unsigned (*to)[SLOTS * SIZE / 4]) {
+    /* A lane begins at byte `lane` of a vector, and where it has come past the end it reads what it
+     * may read last once more: a query of zeros meets that, or it makes sums that nobody wants.
+     * opaque: or the places of all reads are kept in registers. */
+    RF_DEVICE_MEMBER void read_key(const char *p, unsigned lane, int piece,
+                                   unsigned (*to)[SLOTS * SIZE / 4]) const {
+        int room = a.p.head_dim * SIZE - 16 - 2 * opaque(first_slot());
         RF_UNROLL
         for (int i = 0; i < UNITS / PIECES * SLOTS * SIZE / 16; i++) {
-            Bytes16 b = load<Bytes16>(p + 16 * SIZE * WIDTH * piece + 16 * DEPTH / SLOTS * i);
+            int on = 16 * SIZE * WIDTH * piece + 16 * DEPTH / SLOTS * i;
+            Bytes16 b = load<Bytes16>(p + (lane + smaller(on, room)));
             RF_UNROLL
             for (int j = 0; j < 4; j++)
                 to[(4 * i + j) / (SLOTS * SIZE / 4)][(4 * i + j) % (SLOTS * SIZE / 4)] = b.w[j];
         }
     }
-    RF_DEVICE_MEMBER static void read_value(const char *p, int piece, unsigned *to) {
-        p += 16 * SIZE * WIDTH * piece;
+    RF_DEVICE_MEMBER unsigned value_at(unsigned lane, int piece) const {
+        int room = (a.p.v_head_dim - WIDTH - WIDTH * opaque(row())) * SIZE;
+        return lane + smaller(16 * SIZE * WIDTH * piece, room);
+    }
+    RF_DEVICE_MEMBER static void read_value(const char *p, unsigned *to) {
         if constexpr (WIDTH * SIZE == 16) {
             Bytes16 b = load<Bytes16>(p);
             RF_UNROLL
@@ -179,12 +190,12 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     RF_DEVICE_MEMBER void read_keys(const Step &step, int piece, Keys &keys) const {
         if (step.steady) {
             RF_UNROLL
-            for (int s = 0; s < SUBTILES; s++) read_key(step.k[s] + k_lane, piece, keys.w[s]);
+            for (int s = 0; s < SUBTILES; s++) read_key(step.k[s], k_lane, piece, keys.w[s]);
         } else {
             RF_UNROLL
             for (int s = 0; s < SUBTILES; s++) {
                 int token = step.first + 16 * s + row();
-                read_key(vector_at(a.p.k, block_of(token), token) + 2 * first_slot(), piece,
+                read_key(vector_at(a.p.k, block_of(token), token), 2 * first_slot(), piece,
                          keys.w[s]);
             }
         }
@@ -193,16 +204,16 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     RF_DEVICE_MEMBER void read_values(const Step &step, int piece, Values &values) const {
         if (step.steady) {
             int64_t stride = fresh(a).p.v.token_stride * SIZE;
+            unsigned at = value_at(v_lane, piece);
             RF_UNROLL
             for (int i = 0; i < SLOTS; i++)
-                read_value(step.v[slot_row(i) / 16] + slot_row(i) % 16 * stride + v_lane, piece,
-                           values.w[i]);
+                read_value(step.v[slot_row(i) / 16] + slot_row(i) % 16 * stride + at, values.w[i]);
         } else {
+            unsigned at = value_at(SIZE * WIDTH * row(), piece);
             RF_UNROLL
             for (int i = 0; i < SLOTS; i++) {
                 int token = step.first + slot_row(i) + slot_group(), block = block_of(token);
-                read_value(vector_at(a.p.v, block, token) + SIZE * WIDTH * row(), piece,
-                           values.w[i]);
+                read_value(vector_at(a.p.v, block, token) + at, values.w[i]);
                 RF_UNROLL
                 for (int j = 0; j < WIDTH * SIZE / 4; j++)
                     values.w[i][j] = block < 0 ? 0 : values.w[i][j];
@@ -521,8 +532,9 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                 }
                 RF_UNROLL
                 for (int j = 0; j < 8; j++) out[j] = EIGHT ? out[j] * scale : out[j];
-                leave(fresh(k.a), k.tile, k.share.splits, group_z(), row_of(), chunk, out, m,
-                      total);
+                if (8 * chunk < fresh(k.a).p.v_head_dim)
+                    leave(fresh(k.a), k.tile, k.share.splits, group_z(), row_of(), chunk, out, m,
+                          total);
             }
         }
 
@@ -553,7 +565,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             int chunk =
                 EIGHT && !WHOLE ? 2 * (GROUPS * (u / 2) + group()) + u % 2 : GROUPS * u + group();
             chunks[u] = {{0, 0, 0, 0}};
-            if (at) chunks[u] = load<Bytes16>(at + 16 * chunk);
+            if (at && 8 * chunk < p.head_dim) chunks[u] = load<Bytes16>(at + 16 * chunk);
         }
     }
 

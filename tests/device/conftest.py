@@ -110,6 +110,14 @@ def sim() -> Iterator[Simulator]:
 
 
 @pytest.fixture
+def vector_kernels() -> Iterator[None]:
+    """No kernel with matrix instructions."""
+    _ops.by_matrix(False)
+    yield
+    _ops.by_matrix(True)
+
+
+@pytest.fixture
 def merge_by_last() -> Iterator[Callable[[bool | None], None]]:
     """Chooses who merges splits: True, the last workgroup; False, a second kernel."""
     yield _ops.merge_by_last

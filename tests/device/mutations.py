@@ -270,6 +270,20 @@ MUTATIONS = [
         "values.w[i][j]",
     ),
     (
+        "query past the head's end not 0",
+        "matrix",
+        "matrix.hip",
+        "if (at && 8 * chunk < p.head_dim)",
+        "if (at)",
+    ),
+    (
+        "keys read past the head's end",
+        "matrix",
+        "matrix.hip",
+        "smaller(on, room)",
+        "on",
+    ),
+    (
         "maximum replaced without rescaling",
         "matrix",
         "matrix.hip",

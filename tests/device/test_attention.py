@@ -108,8 +108,9 @@ def test_latent_cache(device, dtype):
     ("dtype", "kv_dtype", "head_dim"),
     [(FLOAT16, None, 96), (BFLOAT16, None, 72), (FLOAT16, FLOAT8, 80), (BFLOAT16, FLOAT8, 320)],
 )
+@pytest.mark.usefixtures("vector_kernels")
 def test_pairs(device, dtype, kv_dtype, head_dim):
-    """16-bit queries, with heads that no kernel with matrix instructions takes."""
+    """16-bit queries in vector arithmetic."""
     kinds = {"heads": (4, 2), "head_dim": head_dim, "kv_dtype": kv_dtype}
     for feature in FEATURES.values():
         for queries in (None, [1, 40, 7, 1]):
@@ -291,6 +292,7 @@ def test_bits_do_not_depend_on_the_batch(device):
         (FLOAT32, FLOAT8, 64),
     ],
 )
+@pytest.mark.usefixtures("vector_kernels")
 def test_what_lies_past_the_end_is_never_seen(device, dtype, kv_dtype, head_dim):
     """NaN in keys and values of tokens that a row must not see does not reach it."""
     problem = make(dtype, [50], [50], heads=(4, 2), head_dim=head_dim, kv_dtype=kv_dtype)

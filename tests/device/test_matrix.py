@@ -74,6 +74,25 @@ def test_eight_bit_caches(device, kv_dtype, scales, dtype, head_dim, heads, bloc
     check(make(dtype, [150, 64, 7, 600], [4, 40, 1, 1], **kinds), device)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "head_dim", "v_head_dim"),
+    [
+        (FLOAT16, None, 96, 96),
+        (BFLOAT16, None, 192, 128),
+        (BFLOAT16, None, 8, 40),
+        (FLOAT16, None, 136, 248),
+        (BFLOAT16, FLOAT8, 80, 112),
+        (FLOAT16, INT8, 16, 32),
+        (FLOAT16, FLOAT8, 240, 16),
+    ],
+)
+def test_heads_of_other_sizes(device, dtype, kv_dtype, head_dim, v_head_dim):
+    """Between those that kernels are built for: nothing is read past a vector's end."""
+    kinds = {"heads": (4, 2), "head_dim": head_dim, "v_head_dim": v_head_dim, "kv_dtype": kv_dtype}
+    check(make(dtype, [150, 64, 7, 0, 33], [4, 40, 1, 0, 33], **kinds), device)
+    check(make(dtype, [1, 70, 200], **kinds), device, launch={"num_splits": 3})
+
+
 @pytest.mark.parametrize("head_dim", [64, 72])  # 72: pairs in vector arithmetic
 def test_scales_of_tokens_far_apart(device, head_dim):
     """Float16 holds neither the largest times the largest probability nor the smallest."""
@@ -246,7 +265,9 @@ def test_who_takes_a_call(device):
         (BFLOAT16, None, 128, True),
         (BFLOAT16, None, 256, True),
         (BFLOAT16, None, 512, False),
-        (FLOAT16, None, 72, False),
+        (FLOAT16, None, 72, True),
+        (FLOAT16, FLOAT8, 72, False),
+        (FLOAT16, FLOAT8, 80, True),
         (FLOAT32, None, 64, False),
         (FLOAT16, FLOAT8, 64, True),
         (BFLOAT16, FLOAT8, 256, True),

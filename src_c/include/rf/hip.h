@@ -142,8 +142,9 @@ static_assert(sizeof(rf_table_launch) == 3104, "rf_table_launch is shared with d
     X(576, 32, 3)
 #define RF_HIP_MAX_HEAD_DIM 576
 /* Kernels with matrix instructions, on chips that have them: X(suffix, enum rf_dtype of the cache,
- * head_dim and v_head_dim). The query has the cache's type, or a 16-bit one over an 8-bit cache.
- * All else is for the kernels above. */
+ * largest of head_dim and v_head_dim), smaller before larger. Both are whole pieces of 16 bytes in
+ * the cache. The query has the cache's type, or a 16-bit one over an 8-bit cache. All else is for
+ * the kernels above. */
 #define RF_MATRIX_INSTANCES(X)                                                                     \
     X(f16, RF_F16, 64)                                                                             \
     X(f16, RF_F16, 128)                                                                            \
