@@ -102,6 +102,47 @@ RF_DEVICE float scale_at(const rf_scales &s, int64_t block, int head, int offset
                        offset * s.token_stride);
 }
 
+/* Whether each token has a scale of its own; else the head has one. */
+RF_DEVICE bool of_tokens(const rf_scales &s) {
+    return s.data && (s.block_stride | s.token_stride) != 0;
+}
+RF_DEVICE float of_head(const rf_scales &s, int head) {
+    return of_tokens(s) ? 1.0f : scale_at(s, 0, head, 0);
+}
+
+/* A row of the query for 8-bit caches, of which these lanes have eight elements of each chunk: to
+ * float16 in the order of widen_bytes. A row of bfloat16 is multiplied by a power of two that
+ * brings its largest element near to float16's, so that only what is 2^29 times smaller than that
+ * loses digits. What undoes it is returned. */
+template <int CHUNKS, int TO, int FROM = 1>
+RF_DEVICE float narrow_query(int dtype, unsigned (*q)[4]) {
+    float undo = 1;
+    if (dtype == RF_BF16) {
+        int top = 0; /* exponent of the largest */
+        RF_UNROLL
+        for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+        for (int i = 0; i < 8; i++) {
+            int e = (int)(q[c][i / 2] >> (i % 2 ? 23 : 7) & 0xff);
+            top = e == 255 ? top : larger(e, top);
+        }
+        int up = smaller(127 + 14 - (int)maximum<TO, FROM>((float)top), 120);
+        float scale = bits_to_float((unsigned)(127 + up) << 23);
+        undo = bits_to_float((unsigned)(127 - up) << 23);
+        RF_UNROLL
+        for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+        for (int i = 0; i < 4; i++)
+            q[c][i] = float_to_half(bits_to_float(q[c][i] << 16) * scale) |
+                      float_to_half(bits_to_float(q[c][i] & 0xffff0000) * scale) << 16;
+    }
+    RF_UNROLL
+    for (int c = 0; c < CHUNKS; c++) RF_UNROLL
+    for (int i = 0; i < 4; i += 2) {
+        unsigned x = q[c][i], y = q[c][i + 1];
+        q[c][i] = halves<false>(x, y), q[c][i + 1] = halves<true>(x, y);
+    }
+    return undo;
+}
+
 /* tanh without a library: 1 - 2 / (exp(2x) + 1) loses digits near 0, where its series is used. */
 RF_DEVICE float tanh(float x) {
     float y = x < 0 ? -x : x, z = x * x;

@@ -101,7 +101,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
         const rf_attention_params &p = a.p;
         int group = (int)a.group.value;
         float scale = p.softcap > 0 ? p.scale / p.softcap : p.scale * LOG2E;
-        if constexpr (PAIRS && SCALED) scale *= UNIT<DTYPE> * of_head(p.k_scale);
+        if constexpr (PAIRS && SCALED) scale *= UNIT<DTYPE> * of_head(p.k_scale, tile.kv_head);
         capped = p.softcap > 0;
         biased = p.alibi_slopes != nullptr;
         latent = p.v.data == p.k.data && p.v.block_stride == p.k.block_stride &&
@@ -149,47 +149,9 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
                     for (int i = 0; i < 8; i++) query[r][c][i] = float_to_bits(x[i] * scale);
                 }
             }
-            if constexpr (PAIRS && SCALED) multiple[r] *= narrow_query(query[r]);
+            if constexpr (PAIRS && SCALED)
+                multiple[r] *= narrow_query<CHUNKS, LANES>(p.dtype, query[r]);
         }
-    }
-
-    /* For 8-bit caches, to float16 in the order of widen_bytes. A row of bfloat16 is multiplied by
-     * a power of two that brings its largest element near to float16's, so that only what is 2^29
-     * times smaller than that loses digits. What undoes it is returned. */
-    RF_DEVICE_MEMBER float narrow_query(unsigned (*q)[WORDS]) const {
-        float undo = 1;
-        if (a.p.dtype == RF_BF16) {
-            int top = 0; /* exponent of the largest */
-            RF_UNROLL
-            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
-            for (int i = 0; i < 8; i++) {
-                int e = (int)(q[c][i / 2] >> (i % 2 ? 23 : 7) & 0xff);
-                top = e == 255 ? top : larger(e, top);
-            }
-            int up = smaller(127 + 14 - (int)maximum<LANES>((float)top), 120);
-            float scale = bits_to_float((unsigned)(127 + up) << 23);
-            undo = bits_to_float((unsigned)(127 - up) << 23);
-            RF_UNROLL
-            for (int c = 0; c < CHUNKS; c++) RF_UNROLL
-            for (int i = 0; i < 4; i++)
-                q[c][i] = float_to_half(bits_to_float(q[c][i] << 16) * scale) |
-                          float_to_half(bits_to_float(q[c][i] & 0xffff0000) * scale) << 16;
-        }
-        RF_UNROLL
-        for (int c = 0; c < CHUNKS; c++) RF_UNROLL
-        for (int i = 0; i < 4; i += 2) {
-            unsigned x = q[c][i], y = q[c][i + 1];
-            q[c][i] = halves<false>(x, y), q[c][i + 1] = halves<true>(x, y);
-        }
-        return undo;
-    }
-
-    /* Whether each token has a scale of its own; else the head has one. */
-    RF_DEVICE_MEMBER static bool of_tokens(const rf_scales &s) {
-        return s.data && (s.block_stride | s.token_stride) != 0;
-    }
-    RF_DEVICE_MEMBER float of_head(const rf_scales &s) const {
-        return of_tokens(s) ? 1.0f : scale_at(s, 0, tile.kv_head, 0);
     }
 
     /* The block of a token of the share, or -1. No branch, nor a condition that the compiler would
@@ -510,7 +472,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
             first += turns * TOKENS;
         }
         if constexpr (PAIRS && SCALED) {
-            float scale = UNIT<DTYPE> * of_head(fresh(a).p.v_scale);
+            float scale = UNIT<DTYPE> * of_head(fresh(a).p.v_scale, tile.kv_head);
             RF_UNROLL
             for (int r = 0; r < ROWS; r++) RF_UNROLL
             for (int c = 0; c < CHUNKS; c++) RF_UNROLL

@@ -406,17 +406,6 @@ RF_DEVICE unsigned float_to_half(float x) {
     return y;
 }
 
-template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
-    return HIGH ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
-}
-RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
-    unsigned low = float_to_half(half_to_float(a & 0xffff) + half_to_float(b & 0xffff));
-    return low | float_to_half(half_to_float(a >> 16) + half_to_float(b >> 16)) << 16;
-}
-RF_DEVICE unsigned multiply_halves(unsigned a, unsigned b) {
-    unsigned low = float_to_half(half_to_float(a & 0xffff) * half_to_float(b & 0xffff));
-    return low | float_to_half(half_to_float(a >> 16) * half_to_float(b >> 16)) << 16;
-}
 constexpr bool FLUSHES = false;
 template <int DTYPE> constexpr bool PAIRED = false;
 template <int DTYPE> __device__ float add_pair(unsigned a, unsigned b, float c);
@@ -431,6 +420,20 @@ template <bool HIGH> __device__ void fp8_pair(unsigned word, float *out);
 namespace rf {
 
 #endif /* ------------------------------------------------------------- all of them */
+
+#if !defined(RF_AMD) /* one after the other what AMD does with both at once */
+template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
+    return HIGH ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
+}
+RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
+    unsigned low = float_to_half(half_to_float(a & 0xffff) + half_to_float(b & 0xffff));
+    return low | float_to_half(half_to_float(a >> 16) + half_to_float(b >> 16)) << 16;
+}
+RF_DEVICE unsigned multiply_halves(unsigned a, unsigned b) {
+    unsigned low = float_to_half(half_to_float(a & 0xffff) * half_to_float(b & 0xffff));
+    return low | float_to_half(half_to_float(a >> 16) * half_to_float(b >> 16)) << 16;
+}
+#endif
 
 template <int MASK> RF_DEVICE float shuffle_xor(float x) {
     return bits_to_float((unsigned)shuffle_xor_bits<MASK>((int)float_to_bits(x)));

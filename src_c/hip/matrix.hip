@@ -223,13 +223,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
 
     /* ---------------------------------------------------------------- scales of 8-bit caches */
 
-    /* Whether each token has a scale of its own; else the head has one. */
-    RF_DEVICE_MEMBER static bool of_tokens(const rf_scales &s) {
-        return EIGHT && s.data && (s.block_stride | s.token_stride) != 0;
-    }
-    RF_DEVICE_MEMBER float of_head(const rf_scales &s) const {
-        return of_tokens(s) ? 1.0f : scale_at(s, 0, tile.kv_head, 0);
-    }
+    RF_DEVICE_MEMBER static bool of_tokens(const rf_scales &s) { return EIGHT && rf::of_tokens(s); }
     /* Of the tokens of this lane's sums. Where there is no block, that of some other token. */
     RF_DEVICE_MEMBER void read_scales(const rf_scales &s, const Step &step, Sums *to) const {
         const float *head = s.data + tile.kv_head * s.head_stride;
@@ -513,7 +507,8 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         RF_DEVICE_MEMBER void finish() {
             float total = sum<WAVE, 16>(l);
             if (!has()) return;
-            float scale = EIGHT ? UNIT<DTYPE> * k.of_head(fresh(k.a).p.v_scale) : 1.0f;
+            float scale =
+                EIGHT ? UNIT<DTYPE> * of_head(fresh(k.a).p.v_scale, k.tile.kv_head) : 1.0f;
             RF_UNROLL
             for (int i = 0; i < PER * PIECES * WIDTH / 8; i++) {
                 float out[8];
@@ -569,45 +564,13 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         }
     }
 
-    /* For 8-bit caches, to float16 in the order of widen_bytes. A row of bfloat16 is multiplied by
-     * a power of two that brings its largest element near to float16's, so that only what is 2^29
-     * times smaller than that loses digits. What undoes it is returned. */
-    RF_DEVICE_MEMBER float narrow_query(Bytes16 *chunks) const {
-        float undo = 1;
-        if (a.p.dtype == RF_BF16) {
-            int top = 0; /* exponent of the largest */
-            RF_UNROLL
-            for (int u = 0; u < CHUNKS; u++) RF_UNROLL
-            for (int i = 0; i < 8; i++) {
-                int e = (int)(chunks[u].w[i / 2] >> (i % 2 ? 23 : 7) & 0xff);
-                top = e == 255 ? top : larger(e, top);
-            }
-            int up = smaller(127 + 14 - (int)maximum<WAVE, 16>((float)top), 120);
-            float scale = bits_to_float((unsigned)(127 + up) << 23);
-            undo = bits_to_float((unsigned)(127 - up) << 23);
-            RF_UNROLL
-            for (int u = 0; u < CHUNKS; u++) RF_UNROLL
-            for (int i = 0; i < 4; i++) {
-                unsigned w = chunks[u].w[i];
-                chunks[u].w[i] = float_to_half(bits_to_float(w << 16) * scale) |
-                                 float_to_half(bits_to_float(w & 0xffff0000) * scale) << 16;
-            }
-        }
-        RF_UNROLL
-        for (int u = 0; u < CHUNKS; u++) RF_UNROLL
-        for (int i = 0; i < 4; i += 2) {
-            unsigned x = chunks[u].w[i], y = chunks[u].w[i + 1];
-            chunks[u].w[i] = halves<false>(x, y), chunks[u].w[i + 1] = halves<true>(x, y);
-        }
-        return undo;
-    }
-
     /* Each wave has one of the tile's four times 16 rows brought to LDS. */
     RF_DEVICE_MEMBER void share_query(int index) {
         Bytes16 chunks[CHUNKS];
         read_query(wave(), chunks);
         if constexpr (EIGHT) {
-            lds.unscale[16 * wave() + column()] = narrow_query(chunks);
+            lds.unscale[16 * wave() + column()] =
+                narrow_query<CHUNKS, WAVE, 16>(a.p.dtype, reinterpret_cast<unsigned(*)[4]>(chunks));
             barrier();
             unscale = lds.unscale[16 * index + column()];
             barrier();
@@ -644,7 +607,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         capped = p.softcap > 0;
         factor = capped ? p.scale / p.softcap : p.scale * LOG2E;
         if constexpr (EIGHT) {
-            factor *= UNIT<DTYPE> * of_head(p.k_scale);
+            factor *= UNIT<DTYPE> * of_head(p.k_scale, tile.kv_head);
         }
         biased = p.alibi_slopes != nullptr;
         masked = p.mask != nullptr;

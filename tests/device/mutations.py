@@ -111,7 +111,7 @@ MUTATIONS = [
     (
         "query in the order of memory, pairs of keys in that of bytes",
         "attention",
-        "attention.hip",
+        "attention.h",
         "q[c][i] = halves<false>(x, y), q[c][i + 1] = halves<true>(x, y);",
         "(void)x, (void)y;",
     ),
@@ -119,8 +119,8 @@ MUTATIONS = [
         "row's power of two not undone",
         "attention",
         "attention.hip",
-        "multiple[r] *= narrow_query(query[r]);",
-        "narrow_query(query[r]);",
+        "multiple[r] *= narrow_query<",
+        "narrow_query<",
     ),
     (
         "sum of probabilities weighed by the values' scales, of pairs",
@@ -293,8 +293,8 @@ MUTATIONS = [
     (
         "query in the order of memory, keys of 8 bits in that of bytes",
         "matrix",
-        "matrix.hip",
-        "chunks[u].w[i] = halves<false>(x, y), chunks[u].w[i + 1] = halves<true>(x, y);",
+        "attention.h",
+        "q[c][i] = halves<false>(x, y), q[c][i + 1] = halves<true>(x, y);",
         "(void)x, (void)y;",
     ),
     (

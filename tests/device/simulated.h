@@ -88,20 +88,6 @@ RF_DEVICE unsigned float_to_half(float x) {
     return sign | (rounded >= 0x0f800000 ? 0x7c00 : rounded >> 13);
 }
 
-template <bool HIGH> RF_DEVICE unsigned halves(unsigned a, unsigned b) {
-    return HIGH ? a >> 16 | (b & 0xffff0000) : (a & 0xffff) | b << 16;
-}
-
-RF_DEVICE unsigned add_halves(unsigned a, unsigned b) {
-    unsigned low = float_to_half(half_to_float(a & 0xffff) + half_to_float(b & 0xffff));
-    return low | float_to_half(half_to_float(a >> 16) + half_to_float(b >> 16)) << 16;
-}
-
-RF_DEVICE unsigned multiply_halves(unsigned a, unsigned b) {
-    unsigned low = float_to_half(half_to_float(a & 0xffff) * half_to_float(b & 0xffff));
-    return low | float_to_half(half_to_float(a >> 16) * half_to_float(b >> 16)) << 16;
-}
-
 /* Dot products of two: what the manuals of the instruction sets say of V_DOT2_F32_F16 and
  * V_DOT2_F32_BF16. */
 #ifndef RF_SIMULATED_PAIRS
