@@ -15,7 +15,16 @@
  * of the maxima too (7% of a call, 2^x 15%). Vectors of 32 bytes, which have a third port, lost
  * 7%: twice as many operations do not fit into what is looked ahead. No gain: prefetching tiles
  * into the first level (it lost 3%), products between quarters of rows, rounding to bfloat16 by
- * integers, how far apart rows of scores are, larger pages. */
+ * integers, how far apart rows of scores are, larger pages.
+ *
+ * In a call, by functions that were kept apart for it, 64 rows and 256 tokens take 2.8 us for
+ * values, 2.7 for scores, 2.6 for the softmax, 0.65 for packing, 0.5 for folding parts and 0.7 for
+ * the rest; the products, hot in the first level and without their loads, would be 1.25 each. What
+ * was tried against that as a whole, and came to the same time within 2%: blocks of 64 rows of four
+ * tiles, so that keys and values come half as often from the second level; scores of 64 tokens at a
+ * time, made probabilities while they are in the first level, relative to the maximum of the first
+ * 64; sums added to those of earlier parts between the products; one block after the other with one
+ * place for scores. Parts of 512 tokens take 3 to 4% less. */
 #ifndef RF_CPU_AMX_BLOCK_H
 #define RF_CPU_AMX_BLOCK_H
 

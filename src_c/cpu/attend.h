@@ -277,6 +277,11 @@ static void mask_block(const rf_work *w, const rf_tile *t, int64_t r0, int64_t r
     const rf_attention_params *p = w->p;
     const int full = block_tokens(n);
     const int64_t new = w->seq.kv_len - w->seq.q_len; /* position of the first new token */
+    const int64_t top = w->task->q0 + r0 / w->shape.group;
+    const int64_t bottom = w->task->q0 + (r0 + rows - 1) / w->shape.group;
+    if (!p->mask && tokens_before(t, rf_first(p, &w->seq, bottom)) == 0 &&
+        tokens_before(t, rf_visible(p, &w->seq, top)) >= full)
+        return; /* every row sees all of them */
     for (int64_t r = r0; r < r0 + rows; r++, s += RF_BLOCK_LD) {
         const int64_t i = w->task->q0 + r / w->shape.group;
         const int64_t first = rf_first(p, &w->seq, i);

@@ -147,21 +147,25 @@ static void scale_few(float *p, int n, int64_t rows, const float *scale) {
 RF_INLINE float rf_exp2_of(float x) { return vf_first(vf_exp2(vf_set1(x))); }
 
 /* a = fold(a, b), b being the later part; of each head's head_rows rows the first `rows` count, and
- * of each row the first `used` elements, whole vectors. */
+ * of each row the first `used` elements, whole vectors. Maxima and sums have whole sixteens. */
 static void fold_state(rf_state a, rf_state b, int64_t heads, int64_t head_rows, int64_t rows,
                        int64_t v_dim, int64_t used) {
-    for (int64_t h = 0; h < heads; h++)
-        for (int64_t r = h * head_rows; r < h * head_rows + rows; r++) {
-            if (b.max[r] == -INFINITY) continue;
-            float top = a.max[r] > b.max[r] ? a.max[r] : b.max[r];
-            float fa = rf_exp2_of(a.max[r] - top), fb = rf_exp2_of(b.max[r] - top);
-            a.sum[r] = a.sum[r] * fa + b.sum[r] * fb;
-            a.max[r] = top;
-            float *pa = a.acc + r * v_dim, *pb = b.acc + r * v_dim;
-            vf va = vf_set1(fa), vb = vf_set1(fb);
-            for (int64_t i = 0; i < used; i += RF_W)
-                vf_store(pa + i, vf_fma(vf_load(pb + i), vb, vf_mul(vf_load(pa + i), va)));
+    float keep[16], add[16];
+    for (int64_t r = 0; r < heads * head_rows; r++) {
+        for (int i = 0; i < 16 && r % 16 == 0; i += RF_W) {
+            const vf max = vf_load(b.max + r + i);
+            const vf shift = new_maximum(max, a.max + r + i, keep + i),
+                     sum = vf_load(b.sum + r + i);
+            const vf old = vf_mul(vf_load(a.sum + r + i), vf_load(keep + i));
+            vf_store(add + i, vf_exp2(vf_sub(max, shift)));
+            vf_store(a.sum + r + i, vf_fma(sum, vf_load(add + i), old));
         }
+        if (r % head_rows >= rows) continue;
+        float *pa = a.acc + r * v_dim, *pb = b.acc + r * v_dim;
+        const vf va = vf_set1(keep[r % 16]), vb = vf_set1(add[r % 16]);
+        for (int64_t i = 0; i < used; i += RF_W)
+            vf_store(pa + i, vf_fma(vf_load(pb + i), vb, vf_mul(vf_load(pa + i), va)));
+    }
 }
 
 #endif
