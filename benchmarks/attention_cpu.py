@@ -240,9 +240,8 @@ def ragged(args: argparse.Namespace) -> None:
             idle.append(1 - (_cpu.busy_seconds() - busy) / (threads * walls[-1]))
         wall, part = statistics.median(walls[1:]), statistics.median(idle[1:])
         rate = f"{problem.flops / wall / 1e9:.0f}"
-        rows.append(
-            [f"{args.ragged} + 31", dtype, threads, milliseconds(wall), rate, f"{part:.1%}"]
-        )
+        shown = f"{part:.1%}" if threads > 1 else "-"  # a thread alone does not time its tasks
+        rows.append([f"{args.ragged} + 31", dtype, threads, milliseconds(wall), rate, shown])
     print("\nRagged batch: one prefill among 31 decodes over half its length")
     print_table(["problem", "dtype", "threads", "ms", "GFLOP/s", "idle"], rows)
 
