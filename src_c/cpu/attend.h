@@ -435,7 +435,8 @@ static void attend(const rf_attention_params *p, const rf_products *f, const rf_
     const int64_t visible = rf_visible(p, &w.seq, task->q0 + task->num_q - 1);
     const int64_t part_end = (int64_t)task->part1 * RF_PART;
     const int64_t last = visible < part_end ? visible : part_end;
-    const int64_t length = s->blocks ? RF_PART : s->many ? RF_MANY_TILE : RF_FEW_TILE;
+    const int64_t few = size == 4 ? RF_FEW_TILE / 2 : RF_FEW_TILE;
+    const int64_t length = s->blocks ? RF_PART : s->many ? RF_MANY_TILE : few;
     int64_t pos = (int64_t)task->part0 * RF_PART > first ? (int64_t)task->part0 * RF_PART : first;
     rf_tile tiles[2];
     int now = 0;

@@ -12,8 +12,9 @@
  * part starts from an empty softmax state, and the states of all parts are folded in their order,
  * on whichever threads they were made: so the bits do not depend on the split. */
 #define RF_PART 256
-/* Tokens whose scores are held at once, with few rows a head and with many. Both divide RF_PART. */
-#define RF_FEW_TILE  32
+/* Tokens whose scores are held at once, with few rows a head (of float32 half as many) and with
+ * many. All divide RF_PART. */
+#define RF_FEW_TILE  64
 #define RF_MANY_TILE 64
 /* Rows (query tokens x query heads of one key/value head) from which a head has many: then lanes
  * are rows and keys are broadcast, where with few rows lanes are elements of a key. */
