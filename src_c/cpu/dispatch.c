@@ -54,20 +54,28 @@ static int has_or_emulates_amx(void) {
 #endif
 
 /* Those of the float types, and of bfloat16. */
-#define WITH_BF16(name, bf16)                                                                      \
-    {[RF_F32] = rf_products_##name[RF_F32], [RF_F16] = rf_products_##name[RF_F16], [RF_BF16] = bf16}
-#define PRODUCTS(name) WITH_BF16(name, rf_products_##name[RF_BF16])
-#define BOTH(products) products, products
+#define CACHES(p) {&(p)[0], &(p)[1], &(p)[2], &(p)[3]}
+#define WITH_BF16(name, ...)                                                                       \
+    {[RF_F32] = CACHES(rf_products_##name[RF_F32]),                                                \
+     [RF_F16] = CACHES(rf_products_##name[RF_F16]),                                                \
+     [RF_BF16] = __VA_ARGS__}
+#define PRODUCTS(name) WITH_BF16(name, CACHES(rf_products_##name[RF_BF16]))
+#define BOTH(...)      __VA_ARGS__, __VA_ARGS__
 
 /* Best first. With few rows AMX gains nothing over AVX-512, and processors that have AMX take twice
  * as long for a dot product of bfloat16 as for a multiply-add. */
-#define AMX_VARIANT "amx", &rf_kernels_avx512, PRODUCTS(avx512), WITH_BF16(avx512, rf_products_amx)
+#define AMX_FEW                                                                                    \
+    {&rf_products_avx512[RF_BF16][0], &rf_products_float8[0], &rf_products_float8[1],              \
+     &rf_products_avx512[RF_BF16][3]}
+#define AMX_VARIANT                                                                                \
+    "amx", &rf_kernels_avx512, WITH_BF16(avx512, AMX_FEW),                                         \
+        WITH_BF16(avx512, CACHES(rf_products_amx))
 static const rf_variant variants[] = {
 #if defined(__x86_64__)
 #if !defined(RF_EMULATE_AMX)
     {AMX_VARIANT, has_amx},
 #endif
-    {"avx512bf16", &rf_kernels_avx512, BOTH(WITH_BF16(avx512, rf_products_avx512bf16)),
+    {"avx512bf16", &rf_kernels_avx512, BOTH(WITH_BF16(avx512, CACHES(rf_products_avx512bf16))),
      has_avx512bf16},
     {"avx512", &rf_kernels_avx512, BOTH(PRODUCTS(avx512)), has_avx512},
     {"avx2", &rf_kernels_avx2, BOTH(PRODUCTS(avx2)), has_avx2},

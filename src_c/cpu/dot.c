@@ -97,6 +97,11 @@ RF_INLINE void load_words(const uint16_t *p, int n, __m512i *a, __m512i *b) {
     *a = _mm512_maskz_loadu_epi16((__mmask32)mask, p);
     *b = _mm512_maskz_loadu_epi16((__mmask32)(mask >> 32), p + 32);
 }
+RF_INLINE void store_words(uint16_t *p, int n, __m512i a, __m512i b) {
+    const uint64_t mask = n >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << n) - 1;
+    _mm512_mask_storeu_epi16(p, (__mmask32)mask, a);
+    _mm512_mask_storeu_epi16(p + 32, (__mmask32)(mask >> 32), b);
+}
 RF_INLINE __m512i load_bytes(const uint8_t *p, int n) {
     return n >= 64 ? _mm512_loadu_si512(p)
                    : _mm512_maskz_loadu_epi8((__mmask64)(((uint64_t)1 << n) - 1), p);
@@ -285,6 +290,49 @@ static void softmax_pairs(float *s, int64_t ld, int n, float *max, float *sum, f
 #define rf_bytes bytes_i8
 #include "dot.inc.h"
 
+/* ---- float8 in float32, few rows ---- */
+
+/* Of 32 elements the even or the odd ones. */
+RF_INLINE vf half_of(__m512i words, int odd) {
+    vf x[2];
+    rf_split_bf16(words, x, x + 1);
+    return x[odd];
+}
+
+/* A query as float32 in the order in which bytes become words, and half_of them floats. */
+static void query_table(const void *query, int dim, void *row) {
+    for (int c = 0; c < dim; c += 64) {
+        const __m512i lower = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13);
+        __m512i a, b;
+        load_words((const uint16_t *)query + c, dim - c, &a, &b);
+        const __m512i words[2] = {
+            _mm512_permutex2var_epi64(a, lower, b),
+            _mm512_permutex2var_epi64(a, _mm512_add_epi64(lower, _mm512_set1_epi64(2)), b),
+        };
+        for (int i = 0; i < 4; i++)
+            vf_store((float *)row + c + 16 * i, half_of(words[i / 2], i % 2));
+    }
+}
+/* A row of sums in that order, times f, as the output. */
+static void finish_table(const float *acc, int dim, float f, void *out) {
+    for (int c = 0; c < dim; c += 64) {
+        const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+        vf v[4];
+        for (int i = 0; i < 4; i++) v[i] = vf_mul(vf_load(acc + c + 16 * i), vf_set1(f));
+        const __m512i a = rf_join_bf16(v[0], v[1]), b = rf_join_bf16(v[2], v[3]);
+        store_words((uint16_t *)out + c, dim - c, _mm512_permutex2var_epi64(a, first, b),
+                    _mm512_permutex2var_epi64(a, _mm512_add_epi64(first, _mm512_set1_epi64(4)), b));
+    }
+}
+
+#define NAME(x)  x##_e4m3fn
+#define RF_TABLE 0
+#include "table.inc.h"
+
+#define NAME(x)  x##_e4m3fnuz
+#define RF_TABLE 1
+#include "table.inc.h"
+
 #define RF_DOT(kv, unit, in_blocks, begin_, end_)                                                  \
     {.query_size = 2,                                                                              \
      .chunk = 64,                                                                                  \
@@ -305,3 +353,13 @@ static void softmax_pairs(float *s, int64_t ld, int n, float *max, float *sum, f
 
 rf_products_of_caches rf_products_avx512bf16 = RF_DOT_ALL(dot, 0, NULL, NULL);
 rf_products_of_caches rf_products_amx = RF_DOT_ALL(amx, 1, amx_begin, amx_end);
+
+#define RF_BY_TABLE(kv)                                                                            \
+    {.query_size = 4,                                                                              \
+     .chunk = 64,                                                                                  \
+     .one = 1.0f,                                                                                  \
+     .query = query_table,                                                                         \
+     .scores_few = qk_table_##kv,                                                                  \
+     .values_few = pv_table_##kv,                                                                  \
+     .finish = finish_table}
+const rf_products rf_products_float8[2] = {RF_BY_TABLE(e4m3fn), RF_BY_TABLE(e4m3fnuz)};

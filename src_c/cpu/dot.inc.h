@@ -367,11 +367,8 @@ static void NAME(finish)(const float *acc, int dim, float f, void *out) {
 #else
         natural_bytes(v);
 #endif
-        uint16_t *to = (uint16_t *)out + c;
-        uint64_t mask = dim - c >= 64 ? ~(uint64_t)0 : ((uint64_t)1 << (dim - c)) - 1;
-        _mm512_mask_storeu_epi16(to, (__mmask32)mask, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]));
-        _mm512_mask_storeu_epi16(to + 32, (__mmask32)(mask >> 32),
-                                 (__m512i)_mm512_cvtne2ps_pbh(v[3], v[2]));
+        store_words((uint16_t *)out + c, dim - c, (__m512i)_mm512_cvtne2ps_pbh(v[1], v[0]),
+                    (__m512i)_mm512_cvtne2ps_pbh(v[3], v[2]));
     }
 }
 

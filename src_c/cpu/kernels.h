@@ -90,16 +90,17 @@ typedef struct rf_kernels {
 typedef struct rf_variant {
     const char *name;
     const rf_kernels *kernels;
-    /* For heads with few rows and with many; of each type of query: RF_NUM_CACHES. */
-    const rf_products *few[RF_NUM_WIDE_DTYPES], *many[RF_NUM_WIDE_DTYPES];
+    /* For heads with few rows and with many; of each type of query and of cache. */
+    const rf_products *few[RF_NUM_WIDE_DTYPES][RF_NUM_CACHES];
+    const rf_products *many[RF_NUM_WIDE_DTYPES][RF_NUM_CACHES];
     int (*available)(void);
 } rf_variant;
 
 static inline const rf_products *rf_products_of(const rf_variant *v, int64_t rows, int dtype,
                                                 int kv_dtype) {
-    const rf_products *const *products = rows < RF_MANY_ROWS ? v->few : v->many;
     const int wide = kv_dtype < RF_NUM_WIDE_DTYPES;
-    return products[dtype] + (wide ? 0 : 1 + kv_dtype - RF_NUM_WIDE_DTYPES);
+    const int cache = wide ? 0 : 1 + kv_dtype - RF_NUM_WIDE_DTYPES;
+    return (rows < RF_MANY_ROWS ? v->few : v->many)[dtype][cache];
 }
 
 typedef const rf_products rf_products_of_caches[RF_NUM_CACHES];
@@ -109,6 +110,8 @@ extern rf_products_of_caches rf_products_avx2[RF_NUM_WIDE_DTYPES];
 extern rf_products_of_caches rf_products_avx512[RF_NUM_WIDE_DTYPES];
 /* For queries of bfloat16. */
 extern rf_products_of_caches rf_products_avx512bf16, rf_products_amx;
+/* The same over float8 caches, of few rows alone. */
+extern const rf_products rf_products_float8[2];
 
 /* Where a sequence's queries and context are. */
 typedef struct rf_seq {
