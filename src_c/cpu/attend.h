@@ -3,7 +3,11 @@
  * A task holds `rows` rows (query tokens x group) for each of its key/value heads. Per tile: the
  * scores of all heads, the softmax of each row, then the values of all heads: the keys of a tile,
  * its values, the keys of the next, as they lie in memory, so that while one is computed with, the
- * next is on its way. Everything but keys and values is float32 and stays in the caches. */
+ * next is on its way. Everything but keys and values is float32 and stays in the caches.
+ *
+ * Tiles of few rows were 32 tokens once. On a Xeon with AMX, those of 64 take 0.88 to 0.99 of the
+ * time in decode, least with heads of 64 and in the caches, 1.03 with two query tokens, and over
+ * float32 1.02; those of 128 1.04 over bfloat16 and 0.96 over int8, where 64 take 0.94. */
 #ifndef RF_CPU_ATTEND_H
 #define RF_CPU_ATTEND_H
 

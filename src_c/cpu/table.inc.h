@@ -3,9 +3,13 @@
  *
  * Elements are looked up by 64, as words() of dot.inc.h leaves them: two registers of bfloat16,
  * whose even and odd elements are a shift and a mask away from float32. Queries and sums are
- * float32 in that order. A float8 costs 13 operations for 64 elements so, beside 16 multiply-adds
- * with four rows; by way of a half (simd_avx512.h) 22, and as a subnormal float32, which needs the
- * fewest, 100 times a multiply-add's time where it is one. */
+ * float32 in that order. With four rows that is 13 operations for 64 elements beside 16
+ * multiply-adds; by way of a half (simd_avx512.h) 22. Fewest would be to shift a float8 into the
+ * place of a subnormal float32, but a multiply-add of one takes 36 ns.
+ *
+ * On a Xeon with AMX, against the halves, decode of 8 x 2,048 takes 0.91 of the time over e4m3fn,
+ * 0.97 over e4m3fnuz, in the caches 0.84; two query tokens 0.88; heads of 96, of which whole 64 are
+ * computed, 1.08. */
 
 /* Scores of rb rows with four tokens; u: which four of the tile. fixed: dim is known when
  * compiling, a multiple of 64. */
