@@ -49,6 +49,7 @@ RF_INLINE void NAME(qk_table_tokens)(const float *q, int64_t ldq, const rf_phase
     const rf_table table = table_of(RF_TABLE);
     for (int t = 0; t < x->n; t += 4) {
         const uint8_t *k[4];
+        if (ahead) prefetch_own(x, t + 4, 4, (int)sizeof(uint8_t));
         for (int i = 0; i < 4; i++) /* past the end: scores nobody reads */
             k[i] = (const uint8_t *)x->base + x->off[t + i];
         NAME(qk_table_block)(&table, q, ldq, k, ahead, t / 4, dim, fixed, rb, factor, s);
@@ -95,6 +96,7 @@ RF_INLINE void NAME(pv_table_block)(float *acc, int64_t lda, const float *alpha,
     for (int t = 0; t < x->n; t++) {
         __m512i words[2];
         NAME(words)(&table, (const uint8_t *)x->base + x->off[t] + c, dim - c, words, words + 1);
+        if (ahead && c == 0) prefetch_own(x, t + 4, 1, (int)sizeof(uint8_t));
         if (ahead && fixed) prefetch_step(ahead, c / 64 * x->n + t, 64, dim);
         else if (ahead && c == 0) prefetch_vector(ahead, t, dim);
         vf v[4];
