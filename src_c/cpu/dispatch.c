@@ -63,7 +63,8 @@ static int has_or_emulates_amx(void) {
 #define BOTH(...)      __VA_ARGS__, __VA_ARGS__
 
 /* Best first. With few rows AMX gains nothing over AVX-512, and processors that have AMX take twice
- * as long for a dot product of bfloat16 as for a multiply-add. */
+ * as long for a dot product of bfloat16 as for a multiply-add; over float8 caches those have
+ * tables, which need VBMI. */
 #define AMX_FEW                                                                                    \
     {&rf_products_avx512[RF_BF16][0], &rf_products_float8[0], &rf_products_float8[1],              \
      &rf_products_avx512[RF_BF16][3]}
