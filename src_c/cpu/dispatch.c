@@ -61,18 +61,19 @@ static int has_or_emulates_amx(void) {
 
 /* Best first. With few rows AMX gains nothing over AVX-512, and processors that have AMX take twice
  * as long for a dot product of bfloat16 as for a multiply-add. */
-#define AMX_VARIANT "amx", &rf_kernels_avx512, PRODUCTS(avx512), WITH_BF16(avx512, rf_products_amx)
+#define AMX_VARIANT                                                                                \
+    "amx", &rf_kernels_avx512, PRODUCTS(avx512), WITH_BF16(avx512, rf_products_amx), 4096
 static const rf_variant variants[] = {
 #if defined(__x86_64__)
 #if !defined(RF_EMULATE_AMX)
     {AMX_VARIANT, has_amx},
 #endif
-    {"avx512bf16", &rf_kernels_avx512, BOTH(WITH_BF16(avx512, rf_products_avx512bf16)),
+    {"avx512bf16", &rf_kernels_avx512, BOTH(WITH_BF16(avx512, rf_products_avx512bf16)), 0,
      has_avx512bf16},
-    {"avx512", &rf_kernels_avx512, BOTH(PRODUCTS(avx512)), has_avx512},
-    {"avx2", &rf_kernels_avx2, BOTH(PRODUCTS(avx2)), has_avx2},
+    {"avx512", &rf_kernels_avx512, BOTH(PRODUCTS(avx512)), 0, has_avx512},
+    {"avx2", &rf_kernels_avx2, BOTH(PRODUCTS(avx2)), 0, has_avx2},
 #endif
-    {"portable", &rf_kernels_portable, BOTH(PRODUCTS(portable)), always},
+    {"portable", &rf_kernels_portable, BOTH(PRODUCTS(portable)), 0, always},
 #if defined(RF_EMULATE_AMX) /* not best: for who asks by name */
     {AMX_VARIANT, has_or_emulates_amx},
 #endif

@@ -72,6 +72,10 @@ static inline vf vf_exp2(vf x) {
     return _mm512_maskz_scalef_ps(normal, p, x);
 }
 
+static inline void rf_stream_line(void *to, const void *from) {
+    _mm512_stream_si512(to, _mm512_loadu_si512(from));
+}
+
 static inline void rf_transpose(const void *from, int64_t ld, void *to, int64_t ldt) {
     const uint32_t *const row = from;
     uint32_t *const column = to;
