@@ -16,8 +16,8 @@
 
 #define RF_BLOCK_RB  8 /* 16 accumulators, a panel's pair, a row */
 #define RF_MANY_NV   4
-#define RF_MANY_FULL 6 /* 24 accumulators, 4 queries, a key */
-#define RF_MANY_TB   12
+#define RF_MANY_FULL 6  /* 24 accumulators, 4 queries, a key */
+#define RF_MANY_TB   16 /* divides RF_MANY_TILE */
 
 typedef __m512 vf;
 
