@@ -70,20 +70,20 @@ static int has_or_emulates_amx(void) {
      &rf_products_avx512[RF_BF16][3]}
 #define AMX_VARIANT                                                                                \
     "amx", &rf_kernels_avx512, WITH_BF16(avx512, AMX_FEW),                                         \
-        WITH_BF16(avx512, CACHES(rf_products_amx))
+        WITH_BF16(avx512, CACHES(rf_products_amx)), .write_ahead = 4096
 static const rf_variant variants[] = {
 #if defined(__x86_64__)
 #if !defined(RF_EMULATE_AMX)
-    {AMX_VARIANT, has_amx},
+    {AMX_VARIANT, .available = has_amx},
 #endif
     {"avx512bf16", &rf_kernels_avx512, BOTH(WITH_BF16(avx512, CACHES(rf_products_avx512bf16))),
-     has_avx512bf16},
-    {"avx512", &rf_kernels_avx512, BOTH(PRODUCTS(avx512)), has_avx512},
-    {"avx2", &rf_kernels_avx2, BOTH(PRODUCTS(avx2)), has_avx2},
+     .available = has_avx512bf16},
+    {"avx512", &rf_kernels_avx512, BOTH(PRODUCTS(avx512)), .available = has_avx512},
+    {"avx2", &rf_kernels_avx2, BOTH(PRODUCTS(avx2)), .available = has_avx2},
 #endif
-    {"portable", &rf_kernels_portable, BOTH(PRODUCTS(portable)), always},
+    {"portable", &rf_kernels_portable, BOTH(PRODUCTS(portable)), .available = always},
 #if defined(RF_EMULATE_AMX) /* not best: for who asks by name */
-    {AMX_VARIANT, has_or_emulates_amx},
+    {AMX_VARIANT, .available = has_or_emulates_amx},
 #endif
 };
 #define NUM_VARIANTS ((int)(sizeof variants / sizeof variants[0]))

@@ -6,7 +6,14 @@
 #include "fma_block.h"
 
 /* Scores of tb tokens with nv vectors of rows, s[token * ld + row]: a key's element meets all rows
- * at once, so keys are broadcast and nothing is summed across lanes. q[element * ld + row]. */
+ * at once, so keys are broadcast and nothing is summed across lanes. q[element * ld + row].
+ *
+ * Learnt on a Xeon with AMX, AVX-512, 16 rows (4 query tokens x 4 heads), 32 x 2,048 and in the
+ * caches: 16 tokens at once, which divide a tile, 1.03 to 1.09 times as fast as 12, 11 and 13 1.01
+ * to 1.05. Of float16's time a third is widening, a third the scores, a quarter the values.
+ * Fetching while the scores of float16 are made instead of while it is widened: 1.00 to 1.02. As
+ * few rows: float16 and int8 1.13, in the caches 1.2, but float32 0.92 and float8 0.88. As half a
+ * block of rows: 1.2 in the caches, from memory float16 0.95, int8 1.04, float32 0.78. */
 RF_INLINE void qk_many_block(const float *q, int64_t ld, const float *const *k, rf_ahead ahead,
                              int first, int dim, int tb, int nv, vf factor, float *s) {
     vf acc[RF_MANY_TB][RF_MANY_NV];

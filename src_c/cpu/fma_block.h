@@ -15,7 +15,17 @@
  * 190; 12 x 2 as much; 4 x 4 175 to 190; 8 x 3, which leaves half a panel idle with heads of 64,
  * 175; 16 x 1 115 to 165. Keys and values as whole matrices, where a panel's lines share few sets
  * of the first level: 4% slower. Tasks of 512 rows instead of 256, which pack half as often: 2 to
- * 4% faster on one thread, 3% slower to 4% faster on two. Fetching ahead while packing: nothing. */
+ * 4% faster on one thread, 3% slower to 4% faster on two (heads of 128, 2,048 tokens over 1,024,
+ * one thread: 384 rows 1%, 512 1.7%, 768 2.1%). Fetching ahead while packing: nothing.
+ *
+ * What is missing from the peak is the clock. In the first level these products do 0.99 of two
+ * multiply-adds a cycle, as a loop without loads does, but with them the clock falls: of twelve
+ * accumulators alone 3.6 to 3.8 GHz (235 to 242 GFLOP/s), with 8 x 2 3.1 to 3.2 (200 to 206), the
+ * scalar chain beside it shows. So fewer loads for each multiply-add are what is left: 14 x 2, 13 x
+ * 2, 9 x 3 and 5 x 5 212 to 219 at 3.3 GHz, none of which divides a block of 32 rows; 11 x 2 and
+ * 4 x 4 201 to 207; 12 x 2, 8 x 3, 6 x 4 and others of 20 to 24 accumulators run at 3.3 GHz too,
+ * but do 0.95 a cycle. The softmax takes 7.1 cycles a vector in the first level, where its
+ * operations need 6.5; four vectors or four rows at once 6.9 to 7.1. */
 #ifndef RF_CPU_FMA_BLOCK_H
 #define RF_CPU_FMA_BLOCK_H
 

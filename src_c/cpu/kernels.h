@@ -67,6 +67,11 @@ static inline int64_t rf_head_rows(int64_t rows) {
     return rows < RF_MANY_ROWS ? rows : rf_pad_rows(rows);
 }
 
+/* Copies `count` pieces of `width` bytes, whole lines of 64 and aligned where they go, past the
+ * caches, and fetches what lies `ahead` bytes behind each; 0: nothing. A fence is the caller's. */
+typedef void rf_stream(char *to, int64_t to_stride, const char *from, int64_t from_stride,
+                       int64_t count, int64_t width, int ahead);
+
 /* What an instruction set has of everything but the products. */
 typedef struct rf_kernels {
     /* Floats of scratch, 64-byte aligned, for a task of so many heads with so many rows each. */
@@ -81,6 +86,7 @@ typedef struct rf_kernels {
     /* Tokens begin .. end - 1 of a merge of two results, and of a write to an 8-bit cache. */
     void (*merge_states)(const rf_merge_params *p, int64_t begin, int64_t end);
     void (*quantise)(const rf_write_params *p, int64_t begin, int64_t end);
+    rf_stream *stream;
 } rf_kernels;
 
 /* Types of cache that a query can meet: its own, and the 8-bit ones. */
@@ -93,6 +99,7 @@ typedef struct rf_variant {
     /* For heads with few rows and with many; of each type of query and of cache. */
     const rf_products *few[RF_NUM_WIDE_DTYPES][RF_NUM_CACHES];
     const rf_products *many[RF_NUM_WIDE_DTYPES][RF_NUM_CACHES];
+    int write_ahead; /* bytes from what a large write copies to what it fetches; 0: nothing */
     int (*available)(void);
 } rf_variant;
 

@@ -46,6 +46,17 @@ static void row_to(void *to, const float *from, int64_t n, int dtype) {
     else row_to_bf16n(to, from, n);
 }
 
+/* ---- copying ---- */
+
+static void stream(char *to, int64_t to_stride, const char *from, int64_t from_stride,
+                   int64_t count, int64_t width, int ahead) {
+    for (int64_t n = 0; n < count; n++, to += to_stride, from += from_stride)
+        for (int64_t i = 0; i < width; i += 64) {
+            if (ahead) __builtin_prefetch(from + i + ahead, 0, 2);
+            rf_stream_line(to + i, from + i);
+        }
+}
+
 /* ---- merging ---- */
 
 static const char *row_at(const rf_rows *r, int64_t token, int64_t head, int64_t size) {

@@ -68,6 +68,12 @@ static inline vf vf_exp2(vf x) {
     return _mm256_and_ps(y, keep);
 }
 
+static inline void rf_stream_line(void *to, const void *from) {
+    const __m256i *const x = from;
+    __m256i *const y = to;
+    for (int i = 0; i < 2; i++) _mm256_stream_si256(y + i, _mm256_loadu_si256(x + i));
+}
+
 static inline void rf_transpose(const void *from, int64_t ld, void *to, int64_t ldt) {
     const float *const row = from;
     float *const column = to;

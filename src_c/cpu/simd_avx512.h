@@ -16,8 +16,8 @@
 
 #define RF_BLOCK_RB  8 /* 16 accumulators, a panel's pair, a row */
 #define RF_MANY_NV   4
-#define RF_MANY_FULL 6 /* 24 accumulators, 4 queries, a key */
-#define RF_MANY_TB   12
+#define RF_MANY_FULL 6  /* 24 accumulators, 4 queries, a key */
+#define RF_MANY_TB   16 /* divides RF_MANY_TILE */
 
 typedef __m512 vf;
 
@@ -70,6 +70,10 @@ static inline vf vf_exp2(vf x) {
     p = vf_fma(p, f, vf_set1(0x1.62e4bap-1f));
     p = vf_fma(p, f, vf_set1(1.0f));
     return _mm512_maskz_scalef_ps(normal, p, x);
+}
+
+static inline void rf_stream_line(void *to, const void *from) {
+    _mm512_stream_si512(to, _mm512_loadu_si512(from));
 }
 
 static inline void rf_transpose(const void *from, int64_t ld, void *to, int64_t ldt) {

@@ -11,6 +11,7 @@
  *               and values, which rf_st2_bf16 undoes; rf_ld2_bf16n and rf_st2_bf16n keep the order.
  *               _part: only the first n, a multiple of 8, are touched in memory; the others are
  *               zero. 8-bit types: the code's own value, not scaled.
+ *   rf_stream_line  64 bytes, past the caches; they are aligned where they go.
  *   rf_transpose  RF_W dwords of each of RF_W rows, ld dwords apart, as rows ldt apart.
  *   rf_reduce   the sums over the lanes of acc[row][token], times factor, to s[row * lds + token].
  */
@@ -19,6 +20,10 @@
 
 #include <stdint.h>
 #include <string.h>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 #define RF_W  4
 #define RF_RB 4
@@ -88,6 +93,16 @@ static inline vf vf_exp2(vf x) {
     vi e = (vi)r - (vi)magic;
     vf y = p * (vf)(vi)((e + 127) << 23);
     return vf_select(under, vf_zero(), y);
+}
+
+static inline void rf_stream_line(void *to, const void *from) {
+#if defined(__SSE2__)
+    const __m128i *const x = from;
+    __m128i *const y = to;
+    for (int i = 0; i < 4; i++) _mm_stream_si128(y + i, _mm_loadu_si128(x + i));
+#else
+    memcpy(to, from, 64);
+#endif
 }
 
 static inline void rf_transpose(const void *from, int64_t ld, void *to, int64_t ldt) {

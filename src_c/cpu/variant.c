@@ -23,6 +23,7 @@ const rf_kernels RF_JOIN(rf_kernels_, RF_VARIANT) = {
     .merge = merge,
     .merge_states = merge_states,
     .quantise = quantise,
+    .stream = stream,
 };
 
 rf_products_of_caches RF_JOIN(rf_products_, RF_VARIANT)[RF_NUM_WIDE_DTYPES] = {

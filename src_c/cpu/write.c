@@ -3,10 +3,19 @@
  * A large write does not fit the caches, and its vectors are next read when all of them are
  * written: so its stores go past the caches, which saves reading the lines that are overwritten.
  * Tried on a Zen 4 with two cores, 65,536 tokens of 8 heads of 128 bfloat16 (16 pages are written
- * to in turn), against the fastest copy from end to end, 22 to 24 GB/s: plain stores, token by
- * token                  11 to 12 GB/s past the caches, token by token               19 to 20 the
- * same, with prefetches 1 to 4 KiB ahead    15 to 19 past the caches, block by block, head by head
- * 12: a source of 256 bytes every 2 KiB
+ * to in turn), against the fastest copy from end to end, 22 to 24 GB/s:
+ *   plain stores, token by token                11 to 12 GB/s
+ *   past the caches, token by token             19 to 20
+ *   the same, with prefetches 1 to 4 KiB ahead  15 to 19
+ *   past the caches, block by block, head by head: 12, a source of 256 bytes every 2 KiB
+ * On a Xeon with AMX one thread, whose fastest copy gets 12.7 to 13.1 GB/s, prefers what Zen 4 does
+ * not, so that its variant alone fetches ahead (write_ahead):
+ *   past the caches, token by token             8.8, 9.3 by stores of 64 bytes instead of 16
+ *   the same, with prefetches into the second level 2, 4, 8, 16 or 32 KiB ahead: 10.1, 10.7, 10.6,
+ *     10.5, 10.5, from 4 to 16 KiB 11.4 by stores of 64 bytes; into the first level 7.7, 9.5
+ *   head by head, four tokens                   10.2, 10.7; and with prefetches 10.7, 12.0
+ *   head by head, a whole block                 10.2, 11.7; and with prefetches 10.9, 11.8
+ *   four tokens first copied to the stack       8.5, 8.5
  */
 #include <string.h>
 
@@ -39,17 +48,6 @@ static inline void copy_vector(char *to, const char *from, int64_t width) {
     for (; i < width; i += 16) *(bytes16 *)(to + i) = *(const bytes16 *)(from + i);
 }
 
-/* Whole lines of 64 bytes, which the caller aligned. */
-static inline void stream_vector(char *to, const char *from, int64_t width) {
-#if defined(__SSE2__)
-    for (int64_t i = 0; i < width; i += 16)
-        _mm_stream_si128((__m128i *)(void *)(to + i),
-                         _mm_loadu_si128((const __m128i *)(const void *)(from + i)));
-#else
-    copy_vector(to, from, width);
-#endif
-}
-
 /* What is done once, not for each token: strides in bytes. */
 typedef struct side {
     char *pool;
@@ -57,11 +55,12 @@ typedef struct side {
     int64_t block, head, token; /* of the pool */
     int64_t row, row_head;
     int64_t width;
-    int stream;
+    rf_stream *stream; /* NULL: plain stores */
+    int ahead;
 } side;
 
 static side side_of(const rf_paged *to, const rf_rows *from, int64_t dim, int64_t size,
-                    int stream) {
+                    rf_stream *stream, int ahead) {
     side s = {to->data,
               from->data,
               to->block_stride * size,
@@ -70,9 +69,10 @@ static side side_of(const rf_paged *to, const rf_rows *from, int64_t dim, int64_
               from->token_stride * size,
               from->head_stride * size,
               dim * size,
-              stream};
+              stream,
+              ahead};
     int64_t all = (int64_t)(uintptr_t)s.pool | s.block | s.head | s.token | s.width;
-    if (all & 63) s.stream = 0;
+    if (all & 63) s.stream = NULL;
     return s;
 }
 
@@ -80,9 +80,7 @@ static inline void write_vectors(const side *s, int64_t token, int64_t block, in
                                  int64_t heads) {
     char *to = s->pool + block * s->block + offset * s->token;
     const char *from = s->rows + token * s->row;
-    if (s->stream)
-        for (int64_t h = 0; h < heads; h++, to += s->head, from += s->row_head)
-            stream_vector(to, from, s->width);
+    if (s->stream) s->stream(to, s->head, from, s->row_head, heads, s->width, s->ahead);
     else
         for (int64_t h = 0; h < heads; h++, to += s->head, from += s->row_head)
             copy_vector(to, from, s->width);
@@ -110,7 +108,7 @@ static void write_tokens(const job *j, int64_t begin, int64_t end) {
         }
     }
 #if defined(__SSE2__)
-    if (j->k.stream | j->v.stream) _mm_sfence();
+    if (j->k.stream || j->v.stream) _mm_sfence();
 #endif
 }
 
@@ -130,8 +128,10 @@ int rf_cpu_write_kv(rf_cpu *cpu, const rf_write_params *p) {
     const int64_t size = type_size[p->dtype];
     int64_t bytes = p->num_tokens * p->num_kv_heads * (p->head_dim + p->v_head_dim) * size;
     job j = {p, cpu->variant->kernels, {0}, {0}};
-    j.k = side_of(&p->k, &p->key, p->head_dim, size, bytes >= STREAM_BYTES);
-    j.v = side_of(&p->v, &p->value, p->v_head_dim, size, bytes >= STREAM_BYTES);
+    rf_stream *const stream = bytes >= STREAM_BYTES ? j.kernels->stream : NULL;
+    const int ahead = cpu->variant->write_ahead;
+    j.k = side_of(&p->k, &p->key, p->head_dim, size, stream, ahead);
+    j.v = side_of(&p->v, &p->value, p->v_head_dim, size, stream, ahead);
     if (bytes > SERIAL_BYTES && rf_pool_threads(&cpu->pool) > 1 && rf_pool_enter(&cpu->pool)) {
         int64_t tasks = (p->num_tokens + CHUNK - 1) / CHUNK;
         rf_pool_ready(&cpu->pool, tasks);
