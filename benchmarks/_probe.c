@@ -117,6 +117,17 @@ static void add_behind(const char *p, const char *next, int64_t bytes, int64_t d
     add(p + bytes - distance, next, distance, 3, s);
 }
 
+/* What is prefetched is what lies at `ahead`, from four places of it in turn: brings most, as the
+ * processor's own prefetching goes on behind each (see src_c/cpu/tile.h). */
+static void add_from_four(const char *p, const char *ahead, int64_t bytes, vec s[8]) {
+    for (int64_t i = 0; i + 512 <= bytes; i += 512) {
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; j++)
+            __builtin_prefetch(ahead + j % 4 * (bytes / 4) + i / 4 + j / 4 * 64, 0, 2);
+        add(p + i, p, 512, 1, s);
+    }
+}
+
 /* The keys of a block, its values, the keys of the next: as attention must read them. */
 static void paged(job *j) {
     vec s[8] = {0};
@@ -130,10 +141,8 @@ static void paged(job *j) {
         case 0: add(k, v, j->bytes, 1, s), add(v, next, j->bytes, 1, s); break;
         case 1: add(k, v, j->bytes, 2, s), add(v, next, j->bytes, 2, s); break;
         case 2: add(k, v, j->bytes, 3, s), add(v, next, j->bytes, 3, s); break;
-        default:
-            add_behind(k, v, j->bytes, 16384, s);
-            add_behind(v, next, j->bytes, 16384, s);
-            break;
+        case 3: add_behind(k, v, j->bytes, 16384, s), add_behind(v, next, j->bytes, 16384, s); break;
+        default: add_from_four(k, v, j->bytes, s), add_from_four(v, next, j->bytes, s); break;
         }
     }
     keep(j, s);

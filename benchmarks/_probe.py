@@ -35,6 +35,7 @@ class Probe:
         "the next block into the first level",
         "the next block into the second level",
         "16 KiB ahead into the second level",
+        "four places of the next block in turn into the second level",
     )
 
     def __init__(self) -> None:
