@@ -29,13 +29,15 @@ kernels is one that no wave can take.)
 Needs code objects (ROCMFORGE_HIP_ARCHS=all), llvm-objdump and llvm-mca of LLVM 19 or newer (22 for
 gfx950); prints the floors alone without them.
 
+The vector kernels of gfx906 are those of the generic object of its family.
+
 Sources, as found by search in 2026-11, mostly in pages that quote AMD's own: compute units, highest
-clock and bandwidth of AMD's product pages and data sheets (Instinct MI250X, of which one die is
-half; MI300X; MI355X; Radeon RX 6900 XT, 7900 XTX, 9060 XT, 9070 XT; Ryzen AI Max+ 395). Operations
-of a compute unit in a cycle, float16 matrix and dense, are those of the architectures (CDNA 2:
-1,024, CDNA 3: 2,048, CDNA 4: 4,096, RDNA 3: 512, RDNA 4: 1,024; RDNA 2 has no matrix unit and 128
-of float32), checked by units x clock x operations, which give the peaks that are published: 191.5
-(a die), 1,307, 2,517, 23.0, 123, 103 and 195 TFLOP/s.
+clock and bandwidth of AMD's product pages and data sheets (Instinct MI50; MI250X, of which one die
+is half; MI300X; MI355X; Radeon RX 6900 XT, 7900 XTX, 9060 XT, 9070 XT; Ryzen AI Max+ 395).
+Operations of a compute unit in a cycle, float16 matrix and dense, are those of the architectures
+(CDNA 2: 1,024, CDNA 3: 2,048, CDNA 4: 4,096, RDNA 3: 512, RDNA 4: 1,024; GCN 5 and RDNA 2 have no
+matrix unit and 128 of float32), checked by units x clock x operations, which give the peaks that
+are published: 13.4, 191.5 (a die), 1,307, 2,517, 23.0, 123, 103 and 195 TFLOP/s.
 """
 
 import argparse
@@ -75,6 +77,7 @@ class Chip:
 
 
 CHIPS = {
+    "gfx906": Chip("MI50", 60, 1.746, 1024, 128, 4),
     "gfx90a": Chip("MI250X, one die", 110, 1.7, 1638.4, 1024, 4),
     "gfx942": Chip("MI300X", 304, 2.1, 5300, 2048, 4),
     "gfx950": Chip("MI355X", 256, 2.4, 8000, 4096, 4),
@@ -84,6 +87,8 @@ CHIPS = {
     "gfx1200": Chip("RX 9060 XT", 32, 3.13, 320, 1024),
     "gfx1201": Chip("RX 9070 XT", 64, 2.97, 640, 1024),
 }
+NO_MATRIX = ("gfx906", "gfx1030")
+OBJECTS = {"gfx906": "gfx9-generic"}  # of which architecture, if not its own
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,10 @@ class Instruction:
 
     @property
     def products(self) -> int:
-        """Multiplications of float32 or 16-bit numbers that are added to something."""
+        """Multiplications that are added to something: a lane's, or each sum's by matrices."""
+        matrix = re.search(r"_\d+x\d+x(\d+)", self.name)
+        if matrix:
+            return int(matrix[1])
         return sum(2 if "dot2" in name else 1 for name in re.findall(MULTIPLY_ADD, self.text))
 
     def moved(self, way: str) -> int:
@@ -301,7 +309,7 @@ def issue_cycles(tool: str, arch: str, loop: list[Instruction]) -> tuple[float, 
 
 def kernel_name(shape: Shape, arch: str) -> tuple[str, str]:
     """Family and name of the kernel that serves the shape."""
-    matrix = arch != "gfx1030" and shape.head_dim <= 256
+    matrix = arch not in NO_MATRIX and shape.head_dim <= 256
     prefix = "paged_attention_matrix" if matrix else "paged_attention"
     narrow = "narrow_" if shape.size == 1 and not matrix else ""
     family = "matrix" if matrix else "attention"
@@ -313,21 +321,27 @@ def kernel_size(shape: Shape) -> int:
     return min(size for size in SIZES if shape.head_dim <= size)
 
 
-def round_bytes(shape: Shape, family: str, wave_size: int) -> int:
+def round_bytes(shape: Shape, family: str, arch: str, wave_size: int) -> int:
     """Keys and values that a wave loads in a round of the inner loop, some twice in smaller heads.
 
-    matrix.hip: 32 tokens (waves of 64) or 16; attention.hip: 4 x 8 elements a lane.
+    matrix.hip: 32 tokens (waves of 64) or 16; attention.hip: 4 x 8 elements a lane, half where
+    registers are few.
     """
     if family == "matrix":
         return 2 * wave_size // 2 * kernel_size(shape) * shape.size
-    return 2 * wave_size * 4 * 8 * shape.size
+    return 2 * wave_size * (2 if arch in OBJECTS else 4) * 8 * shape.size
 
 
 def round_products(shape: Shape, family: str, nbytes: int, wave_size: int) -> int:
-    """Products that a lane makes in a round, where it makes them by itself."""
-    return (
-        0 if family == "matrix" else nbytes // wave_size // shape.size * rows_of_wave(shape, family)
-    )
+    """Products that a lane makes in a round; by matrices, those of each sum of a tile.
+
+    matrix.hip leaves out the last quarter of 8-bit keys where it is empty.
+    """
+    if family != "matrix":
+        return nbytes // wave_size // shape.size * rows_of_wave(shape, family)
+    size, tiles = kernel_size(shape), wave_size // 32  # tiles of 16 tokens
+    short = shape.size == 1 and size == 256 and shape.head_dim <= 192
+    return tiles * (size + (192 if short else size))
 
 
 def rows_of_wave(shape: Shape, family: str) -> int:
@@ -374,14 +388,14 @@ def loops(
     for shape in shapes:
         for arch, chip in CHIPS.items():
             family, name = kernel_name(shape, arch)
-            kernel = by_name.get((arch, name))
+            kernel = by_name.get((OBJECTS.get(arch, arch), name))
             if kernel is None:
                 continue
-            nbytes = round_bytes(shape, family, kernel.wave_size)
+            nbytes = round_bytes(shape, family, arch, kernel.wave_size)
             # gfx11's operands are the same in both halves of a wave.
             twice = 2 if family == "matrix" and arch.startswith("gfx11") else 1
             try:
-                code = disassemble(tools[0], folder / f"{family}.{arch}.hsaco", name)
+                code = disassemble(tools[0], folder / f"{family}.{kernel.arch}.hsaco", name)
             except subprocess.CalledProcessError:
                 print(f"{arch}: {tools[0]} does not know it")
                 continue
@@ -446,11 +460,11 @@ def writes(folder: Path, tools: tuple[str, str], latency: float, found: list[Ker
     rows, kinds = [], ("loads", "stores", "waits", "vector", "scalar")
     name, vector = "write_kv_bf16", WRITE_DIM * 2  # bytes
     for arch, chip in CHIPS.items():
-        kernel = by_name.get((arch, name))
+        kernel = by_name.get((OBJECTS.get(arch, arch), name))
         if kernel is None:
             continue
         try:
-            code = disassemble(tools[0], folder / f"write.{arch}.hsaco", name)
+            code = disassemble(tools[0], folder / f"write.{kernel.arch}.hsaco", name)
             way = whole_kernel(code, vector // WRITE_LANES)
             issue, _ = issue_cycles(tools[1], arch, way)
         except (subprocess.CalledProcessError, RuntimeError) as error:

@@ -71,9 +71,13 @@ def test_lanes_and_workgroups_in_random_order(simulated: Path) -> None:
 
 
 def test_every_kind_of_matrix_unit(simulated: Path) -> None:
-    """And a chip that has none; the tests above have the units of gfx1100 and gfx942."""
-    chips = "gfx90a,gfx950,gfx1201,gfx1030"
+    """And chips that have none; the tests above have the units of gfx1100 and gfx942."""
+    chips = "gfx90a,gfx950,gfx1201,gfx1030,gfx906"
     assert " passed" in run(simulated, "tests/device/test_matrix.py", RF_SIM_DEVICES=chips)
+
+
+def test_a_chip_with_few_registers(simulated: Path) -> None:
+    assert " passed" in run(simulated, "tests/device/test_attention.py", RF_SIM_DEVICES="gfx906")
 
 
 def test_without_the_c_functions_of_hip_python(simulated: Path) -> None:

@@ -438,7 +438,7 @@ cdef class Device:
         self.wave_size = value
         _check(_hip.attribute(&value, _COMPUTE_UNITS, index), "hipDeviceGetAttribute")
         self.compute_units = value
-        self.one_die = self.architecture.startswith(("gfx90a", "gfx10", "gfx11", "gfx12"))
+        self.one_die = self.architecture.startswith(("gfx90", "gfx10", "gfx11", "gfx12"))
 
     def __repr__(self):
         return f"<Device hip:{self.index} {self.name} {self.architecture}>"

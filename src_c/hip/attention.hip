@@ -57,14 +57,22 @@
 
 namespace rf {
 
-/* NARROW: queries of 16 bits. */
-template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
-    static constexpr int ROWS = RF_ROWS_OF(CHUNKS);
+/* NARROW: queries of 16 bits. SHARING, EACH: lanes of a vector, and chunks of one of them, unless
+ * the chip has few registers: then all lanes of a wave share a vector of several chunks a lane. */
+template <int DTYPE, bool NARROW, int SHARING, int EACH> struct Attention {
+    static constexpr int ROWS = RF_ROWS_OF(EACH);
     static constexpr int TILE = RF_TILE_ROWS(ROWS);
     static constexpr int SIZE = SIZE_OF<DTYPE>;
+    static constexpr int VECTOR = SHARING * EACH; /* chunks */
+    static constexpr int LANES = FEW_REGISTERS && EACH > 1 ? WAVE : SHARING;
+    static constexpr int CHUNKS = (VECTOR + LANES - 1) / LANES;
     static constexpr int SIDE = WAVE / LANES; /* tokens side by side */
-    static constexpr int STEPS = CHUNKS == 1 ? 4 : SIZE == 4 && CHUNKS == 3 ? 1 : 2;
-    static constexpr int TOKENS = SIDE * STEPS; /* tokens of a wave at once */
+    static constexpr int STEPS = FEW_REGISTERS              ? SIZE * CHUNKS < 4 ? 2 : 1
+                                 : CHUNKS == 1              ? 4
+                                 : SIZE == 4 && CHUNKS == 3 ? 1
+                                                            : 2;
+    static constexpr int TOKENS = SIDE * STEPS;   /* tokens of a wave at once */
+    static constexpr bool EARLY = !FEW_REGISTERS; /* values are read before keys are used */
     static constexpr bool SCALED = SIZE == 1;
     static constexpr int PAIR = SIZE == 1 ? RF_F16 : DTYPE; /* type of paired elements */
     static constexpr bool PAIRS = NARROW && PAIRED<PAIR>;
@@ -76,7 +84,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
 
     union Shared {
         struct {
-            float sums[RF_WAVES][ROWS][8 * LANES * CHUNKS];
+            float sums[RF_WAVES][ROWS][8 * VECTOR];
             float m[RF_WAVES][ROWS], l[RF_WAVES][ROWS];
         };
         uint32_t arrived;
@@ -211,6 +219,23 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
         for (int c = 0; c < CHUNKS; c++) to[t][c] = load_chunk<SIZE>(data + offset[t] + at[c]);
     }
 
+    RF_DEVICE_MEMBER void read_values(const rf_paged &pool, const int64_t *block, const int *offset,
+                                      int64_t *at, Chunk<SIZE> (*to)[CHUNKS]) const {
+        int head = tile.kv_head;
+        RF_UNROLL
+        for (int t = 0; t < STEPS; t++)
+            at[t] = (block[t] * pool.block_stride + head * pool.head_stride +
+                     (uint32_t)offset[t] * pool.token_stride) *
+                    SIZE;
+        read(pool, at, v_at, fresh(a).p.v_head_dim, to);
+    }
+    RF_DEVICE_MEMBER static void copy_chunks(const Chunk<SIZE> (*from)[CHUNKS],
+                                             Chunk<SIZE> (*to)[CHUNKS]) {
+        RF_UNROLL
+        for (int t = 0; t < STEPS; t++) RF_UNROLL
+        for (int c = 0; c < CHUNKS; c++) to[t][c] = from[t][c];
+    }
+
     /* Products of the query with the keys of a token. */
     RF_DEVICE_MEMBER void multiply_key(const Chunk<SIZE> *key, float *dot) const {
         RF_UNROLL
@@ -333,14 +358,7 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
                     SIZE;
         }
         read(p.k, at, k_at, fresh(a).p.head_dim, key);
-        if (!latent) {
-            RF_UNROLL
-            for (int t = 0; t < STEPS; t++)
-                at[t] = (block[t] * p.v.block_stride + head * p.v.head_stride +
-                         (uint32_t)offset[t] * p.v.token_stride) *
-                        SIZE;
-            read(p.v, at, v_at, fresh(a).p.v_head_dim, value);
-        }
+        if (EARLY && !latent) read_values(p.v, block, offset, at, value);
         RF_UNROLL
         for (int t = 0; t < STEPS; t++) k_scale[t] = v_scale[t] = unweighed[t] = 1;
         if (k_scaled) {
@@ -363,6 +381,11 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
                 weight[r][t] = sum<LANES>(dot[r]);
                 if (PAIRS) weight[r][t] *= multiple[r];
             }
+        }
+        if (!EARLY) {
+            keep_order(); /* values in the registers of keys */
+            if (latent) copy_chunks(key, value);
+            else read_values(p.v, block, offset, at, value);
         }
         if (k_scaled) {
             RF_UNROLL
@@ -429,11 +452,8 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
                 l[r] += PAIRS && SCALED ? weight[r][t] * unweighed[t] : weight[r][t];
             }
         }
-        if (latent) { /* here: above, values would wait for the keys that they might be */
-            RF_UNROLL
-            for (int t = 0; t < STEPS; t++) RF_UNROLL
-            for (int c = 0; c < CHUNKS; c++) value[t][c] = key[t][c];
-        }
+        /* here: above, values would wait for the keys that they might be */
+        if (EARLY && latent) copy_chunks(key, value);
         add_values<GUARDED>(value, weight, v_scale);
     }
 
@@ -536,9 +556,12 @@ template <int DTYPE, bool NARROW, int LANES, int CHUNKS> struct Attention {
             for (int r = 0; r < ROWS; r++) {
                 if (r >= rows || side != 0) continue;
                 RF_UNROLL
-                for (int c = 0; c < CHUNKS; c++) RF_UNROLL
-                for (int i = 0; i < 8; i++)
-                    lds.sums[wave()][r][8 * (part + c * LANES) + i] = sums[r][c][i];
+                for (int c = 0; c < CHUNKS; c++) {
+                    if (LANES * CHUNKS > VECTOR && part + c * LANES >= VECTOR) continue;
+                    RF_UNROLL
+                    for (int i = 0; i < 8; i++)
+                        lds.sums[wave()][r][8 * (part + c * LANES) + i] = sums[r][c][i];
+                }
                 lds.m[wave()][r] = m[r];
                 lds.l[wave()][r] = l[r];
             }

@@ -26,6 +26,8 @@
  *   keep_order()                            the compiler moves no instruction across
  *   MATRIX, multiply<dtype>(a, b, c)        the chip's matrix unit (matrix.h); c += a * b
  *   FLUSHES                                 whether it takes subnormal numbers for 0
+ *   FEW_REGISTERS                           whether a lane has 256 vector registers, not 512 or
+ *                                           more: kernels keep to 128, so that there are two waves
  *   HARDWARE_FP8, fp8_pair<high>(word, out) the float8 encoding that the chip itself converts to
  *                                           float, two of a word's four bytes at once; -1: neither
  */
@@ -83,7 +85,17 @@ constexpr int WAVE = 32;
             *(const Params *)(rf::Constant<Params> *)__builtin_amdgcn_kernarg_segment_ptr());      \
     }                                                                                              \
     RF_DEVICE void name##_of(const Params &p)
-#define RF_THREADS amdgpu_flat_work_group_size(rf::WAVE *RF_WAVES, rf::WAVE *RF_WAVES)
+/* gfx900, gfx906, gfx908 and what serves them; from gfx90a on there are 512. */
+#if defined(__GFX9__) && !defined(__gfx90a__) && !defined(__gfx942__) && !defined(__gfx950__) &&   \
+    !defined(__gfx9_4_generic__)
+constexpr bool FEW_REGISTERS = true;
+#define RF_WAVES_A_SIMD , amdgpu_waves_per_eu(2) /* or a few kernels take 130 */
+#else
+constexpr bool FEW_REGISTERS = false;
+#define RF_WAVES_A_SIMD
+#endif
+#define RF_THREADS                                                                                 \
+    amdgpu_flat_work_group_size(rf::WAVE *RF_WAVES, rf::WAVE *RF_WAVES) RF_WAVES_A_SIMD
 template <class T> using Constant = const __attribute__((address_space(4))) T;
 /* The same arguments, read again: what is needed at times only must not fill scalar registers. */
 template <class T> RF_DEVICE const T &fresh(const T &x) {
@@ -406,6 +418,7 @@ RF_DEVICE unsigned float_to_half(float x) {
     return y;
 }
 
+constexpr bool FEW_REGISTERS = false;
 constexpr bool FLUSHES = false;
 template <int DTYPE> constexpr bool PAIRED = false;
 template <int DTYPE> __device__ float add_pair(unsigned a, unsigned b, float c);

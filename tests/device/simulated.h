@@ -29,6 +29,11 @@ constexpr int WAVE = RF_MUTATE_WAVE;
 #else
 constexpr int WAVE = RF_SIMULATED_WAVE;
 #endif
+#ifdef RF_SIMULATED_FEW_REGISTERS
+constexpr bool FEW_REGISTERS = true;
+#else
+constexpr bool FEW_REGISTERS = false;
+#endif
 constexpr int HARDWARE_FP8 = -1;
 template <bool HIGH> void fp8_pair(unsigned word, float *out);
 
