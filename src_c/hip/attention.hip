@@ -419,8 +419,11 @@ template <int DTYPE, bool NARROW, int SHARING, int EACH> struct Attention {
             bool masked = fresh(a).p.mask != nullptr;
             RF_UNROLL
             for (int r = 0; r < ROWS; r++) RF_UNROLL
-            for (int t = 0; t < STEPS; t++)
-                if (blocks[t] < 0 || !sees(r, first + side + t * SIDE, masked)) weight[r][t] = -INF;
+            for (int t = 0; t < STEPS; t++) {
+                int seen = blocks[t] >= 0 && sees(r, first + side + t * SIDE, masked);
+                if (STEPS == 1) seen = opaque(seen); /* or clang 22 forgets the line below */
+                if (!seen) weight[r][t] = -INF;
+            }
         }
 
         float top[ROWS];
