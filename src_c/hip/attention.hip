@@ -46,6 +46,11 @@
  *   absent rows computed, not skipped by branches  292, as SLP vectorisation doubled the factors
  *   without SLP vectorisation                      177: what is here
  *   held to 128 registers, for 4 waves a SIMD      83 spilled
+ * And for gfx9-generic, whose lanes have 256 registers (FEW_REGISTERS); spilled where held to 128:
+ *   as elsewhere                                   169 (float32 241); 196 spilled
+ *   half of the steps                              1 (float32, one step: none); 79 for 576 elements
+ *   and values read when keys are used up, larger
+ *   vectors shared by all lanes of a wave          112 to 128, none spilled: what is here
  * And cycles to issue a round of 4 rows x 8 tokens on gfx1030 (LLVM 22's model; memory needs 2,880
  * for 16 bits, a quarter of it for each of 4 waves that share them; 1,440 for 8 bits):
  *                                               float16   bfloat16   float8
