@@ -172,11 +172,14 @@ class Instruction:
 
     @property
     def products(self) -> int:
-        """Multiplications that are added to something: a lane's, or each sum's by matrices."""
-        matrix = re.search(r"_\d+x\d+x(\d+)", self.name)
-        if matrix:
-            return int(matrix[1])
+        """Multiplications of a lane that are added to something."""
         return sum(2 if "dot2" in name else 1 for name in re.findall(MULTIPLY_ADD, self.text))
+
+    @property
+    def matrix_products(self) -> int:
+        """Those that are added to each sum of a tile."""
+        matrix = re.search(r"_\d+x\d+x(\d+)", self.name)
+        return int(matrix[1]) if matrix else 0
 
     def moved(self, way: str) -> int:
         """Bytes of keys or values that a lane loads or stores; narrower ones are other things."""
@@ -225,7 +228,10 @@ def cheapest_way(
     also makes at least so many products.
     """
     following = dict(itertools.pairwise(sorted(code)))
-    start = (begin, code[begin].moved(way), min(products, code[begin].products))
+    counts = {at: i.matrix_products for at, i in code.items()}
+    if not any(counts.values()):
+        counts = {at: i.products for at, i in code.items()}
+    start = (begin, code[begin].moved(way), min(products, counts[begin]))
     best, before, queue = {start: 0}, {}, [(0, start)]
     while queue:
         cost, state = heapq.heappop(queue)
@@ -242,7 +248,7 @@ def cheapest_way(
             steps.append(following[at])
         for step in steps:
             now = code[step]
-            to = (step, moved + now.moved(way), min(products, made + now.products))
+            to = (step, moved + now.moved(way), min(products, made + counts[step]))
             if step <= end and to[1] <= nbytes and cost + 1 < best.get(to, sys.maxsize):
                 best[to], before[to] = cost + 1, state
                 heapq.heappush(queue, (cost + 1, to))
