@@ -175,12 +175,6 @@ class Instruction:
         """Multiplications of a lane that are added to something."""
         return sum(2 if "dot2" in name else 1 for name in re.findall(MULTIPLY_ADD, self.text))
 
-    @property
-    def matrix_products(self) -> int:
-        """Those that are added to each sum of a tile."""
-        matrix = re.search(r"_\d+x\d+x(\d+)", self.name)
-        return int(matrix[1]) if matrix else 0
-
     def moved(self, way: str) -> int:
         """Bytes of keys or values that a lane loads or stores; narrower ones are other things."""
         found = re.match(rf"global_{way}_(dwordx4|b128|dwordx2|b64)\b", self.name)
@@ -228,10 +222,7 @@ def cheapest_way(
     also makes at least so many products.
     """
     following = dict(itertools.pairwise(sorted(code)))
-    counts = {at: i.matrix_products for at, i in code.items()}
-    if not any(counts.values()):
-        counts = {at: i.products for at, i in code.items()}
-    start = (begin, code[begin].moved(way), min(products, counts[begin]))
+    start = (begin, code[begin].moved(way), min(products, code[begin].products))
     best, before, queue = {start: 0}, {}, [(0, start)]
     while queue:
         cost, state = heapq.heappop(queue)
@@ -248,7 +239,7 @@ def cheapest_way(
             steps.append(following[at])
         for step in steps:
             now = code[step]
-            to = (step, moved + now.moved(way), min(products, made + counts[step]))
+            to = (step, moved + now.moved(way), min(products, made + now.products))
             if step <= end and to[1] <= nbytes and cost + 1 < best.get(to, sys.maxsize):
                 best[to], before[to] = cost + 1, state
                 heapq.heappush(queue, (cost + 1, to))
@@ -339,15 +330,10 @@ def round_bytes(shape: Shape, family: str, arch: str, wave_size: int) -> int:
 
 
 def round_products(shape: Shape, family: str, nbytes: int, wave_size: int) -> int:
-    """Products that a lane makes in a round; by matrices, those of each sum of a tile.
-
-    matrix.hip leaves out the last quarter of 8-bit keys where it is empty.
-    """
-    if family != "matrix":
-        return nbytes // wave_size // shape.size * rows_of_wave(shape, family)
-    size, tiles = kernel_size(shape), wave_size // 32  # tiles of 16 tokens
-    short = shape.size == 1 and size == 256 and shape.head_dim <= 192
-    return tiles * (size + (192 if short else size))
+    """Products that a lane makes in a round, where it makes them by itself."""
+    return (
+        0 if family == "matrix" else nbytes // wave_size // shape.size * rows_of_wave(shape, family)
+    )
 
 
 def rows_of_wave(shape: Shape, family: str) -> int:

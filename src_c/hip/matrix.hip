@@ -108,7 +108,6 @@ template <int DTYPE, int DIM> struct MatrixAttention {
     int begin, end, low, high; /* tokens that some row of the wave sees; that all of them see */
     unsigned k_lane, v_lane;   /* bytes from a tile's first vector to what this lane reads */
     bool capped, biased, masked;
-    bool ends_early;       /* of 8 bits: keys have no elements in the last quarter of DIM */
     float factor, unscale; /* of logits: for all rows, and what undoes that of this lane's query */
 
     RF_DEVICE_MEMBER MatrixAttention(const rf_attention_launch &launch, Shared &shared)
@@ -162,13 +161,6 @@ template <int DTYPE, int DIM> struct MatrixAttention {
                (larger(block, 0) * pool.block_stride + tile.kv_head * pool.head_stride +
                 offset * pool.token_stride) *
                    SIZE;
-    }
-
-    /* Whether units of a piece of the key from u on are past its end: what they would add is 0, but
-     * to make float16 of 8-bit elements is most of the work. Two units are in order, not one. */
-    RF_DEVICE_MEMBER bool ends_at(int piece, int u) const {
-        return EIGHT && UNITS % 8 == 0 && piece * (UNITS / PIECES) + u == UNITS / 4 * 3 &&
-               ends_early;
     }
 
     /* The blocks of a step's tiles, if it may be steady; the step, once they are known. */
@@ -304,11 +296,11 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             int from = opaque(WHOLE ? column() : lane()); /* or the query is kept in registers */
             unsigned nan[SUBTILES] = {};
             RF_UNROLL
-            for (int u = 0; u < UNITS / PIECES && !k.ends_at(piece, u); u++) RF_UNROLL
             for (int s = 0; s < SUBTILES; s++) RF_UNROLL
+            for (int u = 0; u < UNITS / PIECES; u++) RF_UNROLL
             for (int i = 0; i < SLOTS * SIZE / 4; i++) nan[s] |= nan_bytes<DTYPE>(keys.w[s][u][i]);
             RF_UNROLL
-            for (int u = 0; u < UNITS / PIECES && !k.ends_at(piece, u); u++) {
+            for (int u = 0; u < UNITS / PIECES; u++) {
                 Operand q;
                 RF_UNROLL
                 for (int i = 0; i < SLOTS / 8; i++) {
@@ -616,7 +608,6 @@ template <int DTYPE, int DIM> struct MatrixAttention {
         factor = capped ? p.scale / p.softcap : p.scale * LOG2E;
         if constexpr (EIGHT) {
             factor *= UNIT<DTYPE> * of_head(p.k_scale, tile.kv_head);
-            ends_early = p.head_dim <= DIM / 4 * 3;
         }
         biased = p.alibi_slopes != nullptr;
         masked = p.mask != nullptr;

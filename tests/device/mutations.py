@@ -284,13 +284,6 @@ MUTATIONS = [
         "if (at)",
     ),
     (
-        "last quarter of all keys skipped",
-        "matrix",
-        "matrix.hip",
-        "ends_early = p.head_dim <= DIM / 4 * 3;",
-        "ends_early = true;",
-    ),
-    (
         "keys read past the head's end",
         "matrix",
         "matrix.hip",
