@@ -207,17 +207,28 @@ static void dot_scores_many(const void *query, int64_t ld, const rf_phase *x, fl
     }
 }
 
-/* acc = acc * alpha + p v for rb rows and 64 elements; v: pairs of tokens, v[pair * ldv + element].
- */
-RF_INLINE void dot_values_block(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
-                                int64_t ld, const uint32_t *v, int64_t ldv, int pairs, int rb) {
-    vf a[4][4];
+/* Sums of rb rows and 64 elements: acc * alpha, or zeros where alpha is NULL; and back. */
+RF_INLINE void load_sums(vf a[4][4], const float *acc, int64_t lda, const float *alpha, int rb) {
 #pragma GCC unroll 4
     for (int r = 0; r < rb; r++)
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++)
             a[r][j] =
                 alpha ? vf_mul(vf_load(acc + r * lda + j * 16), vf_set1(alpha[r])) : vf_zero();
+}
+RF_INLINE void store_sums(vf a[4][4], float *acc, int64_t lda, int rb) {
+#pragma GCC unroll 4
+    for (int r = 0; r < rb; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) vf_store(acc + r * lda + j * 16, a[r][j]);
+}
+
+/* acc = acc * alpha + p v for rb rows and 64 elements; v: pairs of tokens, v[pair * ldv + element].
+ */
+RF_INLINE void dot_values_block(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
+                                int64_t ld, const uint32_t *v, int64_t ldv, int pairs, int rb) {
+    vf a[4][4];
+    load_sums(a, acc, lda, alpha, rb);
     for (int t = 0; t < pairs; t++) {
         __m512i x[4];
 #pragma GCC unroll 4
@@ -229,10 +240,7 @@ RF_INLINE void dot_values_block(float *acc, int64_t lda, const float *alpha, con
             for (int j = 0; j < 4; j++) a[r][j] = vf_dot(a[r][j], x[j], y);
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < rb; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) vf_store(acc + r * lda + j * 16, a[r][j]);
+    store_sums(a, acc, lda, rb);
 }
 
 static void dot_values_many(float *acc, int64_t lda, const float *alpha, const float *p, int64_t ld,
@@ -325,12 +333,16 @@ static void finish_table(const float *acc, int dim, float f, void *out) {
     }
 }
 
-#define NAME(x)  x##_e4m3fn
+#define T        uint8_t
+#define NAME(x)  x##_table_e4m3fn
 #define RF_TABLE 0
+#define rf_words words_e4m3fn
 #include "table.inc.h"
 
-#define NAME(x)  x##_e4m3fnuz
+#define T        uint8_t
+#define NAME(x)  x##_table_e4m3fnuz
 #define RF_TABLE 1
+#define rf_words words_e4m3fnuz
 #include "table.inc.h"
 
 #define RF_DOT(kv, unit, in_blocks, begin_, end_)                                                  \
@@ -359,7 +371,7 @@ rf_products_of_caches rf_products_amx = RF_DOT_ALL(amx, 1, amx_begin, amx_end);
      .chunk = 64,                                                                                  \
      .one = 1.0f,                                                                                  \
      .query = query_table,                                                                         \
-     .scores_few = qk_table_##kv,                                                                  \
-     .values_few = pv_table_##kv,                                                                  \
+     .scores_few = qk_few_table_##kv,                                                              \
+     .values_few = pv_few_table_##kv,                                                              \
      .finish = finish_table}
 const rf_products rf_products_float8[2] = {RF_BY_TABLE(e4m3fn), RF_BY_TABLE(e4m3fnuz)};

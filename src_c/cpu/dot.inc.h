@@ -89,42 +89,6 @@ RF_INLINE void NAME(qk_block)(const rf_table *table, const uint16_t *q, int64_t 
     rf_reduce(acc, rb, factor, s + u * 4, RF_FEW_LD);
 }
 
-RF_INLINE void NAME(qk_tokens)(const uint16_t *q, int64_t ldq, const rf_phase *x, rf_ahead ahead,
-                               int dim, int fixed, int rb, vf factor, float *s) {
-    const rf_table table = table_of(RF_TABLE);
-    for (int t = 0; t < x->n; t += 4) {
-        const T *k[4];
-        if (ahead) prefetch_own(x, t + 4, 4, (int)sizeof(T));
-        for (int i = 0; i < 4; i++) /* past the end: scores nobody reads */
-            k[i] = (const T *)x->base + x->off[t + i];
-        NAME(qk_block)(&table, q, ldq, k, ahead, t / 4, dim, fixed, rb, factor, s);
-    }
-}
-
-/* The first block of rows prefetches, the others find the keys in the cache. */
-RF_INLINE void NAME(qk_rows)(const uint16_t *q, int64_t ldq, const rf_phase *x, int dim, int fixed,
-                             int64_t rows, vf factor, float *s) {
-    rf_ahead ahead = x->ahead;
-    for (int64_t r = 0; r < rows; r += 4, ahead = NULL, q += 4 * ldq, s += 4 * RF_FEW_LD)
-        switch (rows - r) {
-        case 1: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 1, factor, s); break;
-        case 2: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 2, factor, s); break;
-        case 3: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 3, factor, s); break;
-        default: NAME(qk_tokens)(q, ldq, x, ahead, dim, fixed, 4, factor, s); break;
-        }
-}
-
-static void NAME(qk_few)(const void *query, int64_t ldq, const rf_phase *x, int64_t rows,
-                         float factor, float *s) {
-    const uint16_t *q = query;
-    const vf f = vf_set1(factor);
-    switch (x->dim) {
-    case 64: NAME(qk_rows)(q, ldq, x, 64, 1, rows, f, s); break;
-    case 128: NAME(qk_rows)(q, ldq, x, 128, 1, rows, f, s); break;
-    default: NAME(qk_rows)(q, ldq, x, x->dim, 0, rows, f, s); break;
-    }
-}
-
 /* acc = acc * alpha + p v for rb rows and the 64 elements from c on; p: pairs of tokens. */
 RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
                               const rf_phase *x, rf_ahead ahead, int dim, int fixed, int c,
@@ -133,12 +97,7 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
     const T *base = (const T *)x->base + c;
     vf a[4][4];
     acc += c;
-#pragma GCC unroll 4
-    for (int r = 0; r < rb; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            a[r][j] =
-                alpha ? vf_mul(vf_load(acc + r * lda + j * 16), vf_set1(alpha[r])) : vf_zero();
+    load_sums(a, acc, lda, alpha, rb);
     const int pairs = (x->n + 1) / 2, step = 2 * 64 * (int)sizeof(T);
     const int bytes = dim * (int)sizeof(T);
     for (int t = 0; t < pairs; t++) {
@@ -158,38 +117,18 @@ RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const
             for (int j = 0; j < 4; j++) a[r][j] = vf_dot(a[r][j], v[j], y);
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < rb; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) vf_store(acc + r * lda + j * 16, a[r][j]);
+    store_sums(a, acc, lda, rb);
 }
 
-RF_INLINE void NAME(pv_rows)(float *acc, int64_t lda, const float *alpha, const uint32_t *p,
-                             const rf_phase *x, int dim, int fixed, int64_t rows) {
-    for (int64_t r = 0; r < rows; r += 4) {
-        rf_ahead ahead = r ? NULL : x->ahead;
-        const float *factor = alpha ? alpha + r : NULL;
-        float *to = acc + r * lda;
-        const uint32_t *pr = p + r * RF_FEW_LD;
-        for (int c = 0; c < dim; c += 64) switch (rows - r) {
-            case 1: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 1); break;
-            case 2: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 2); break;
-            case 3: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 3); break;
-            default: NAME(pv_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 4); break;
-            }
-    }
-}
+#define RF_QUERY       uint16_t
+#define RF_PROBABILITY uint32_t
+#include "few.inc.h"
 
 static void NAME(pv_few)(float *acc, int64_t lda, const float *alpha, float *p, const rf_phase *x,
                          int64_t rows, void *work) {
     (void)work;
     for (int64_t r = 0; r < rows; r++) pack_row(p + r * RF_FEW_LD, x->n);
-    const uint32_t *q = (const uint32_t *)(const void *)p;
-    switch (x->dim) {
-    case 64: NAME(pv_rows)(acc, lda, alpha, q, x, 64, 1, rows); break;
-    case 128: NAME(pv_rows)(acc, lda, alpha, q, x, 128, 1, rows); break;
-    default: NAME(pv_rows)(acc, lda, alpha, q, x, x->dim, 0, rows); break;
-    }
+    NAME(pv_dims)(acc, lda, alpha, p, x, rows);
 }
 
 /* 64 elements of tokens t and t + 1 from c on; of the last one twice, as its probability is 0. */

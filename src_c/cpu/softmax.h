@@ -146,20 +146,25 @@ static void scale_few(float *p, int n, int64_t rows, const float *scale) {
 
 RF_INLINE float rf_exp2_of(float x) { return vf_first(vf_exp2(vf_set1(x))); }
 
+/* Maxima and sums of sixteen rows of a state and of the later part b become the state's; keep, add:
+ * the factors of their sums of values. */
+RF_INLINE void fold_rows(float *max, float *sum, const float *b_max, const float *b_sum,
+                         float *keep, float *add) {
+    for (int r = 0; r < 16; r += RF_W) {
+        const vf later = vf_load(b_max + r), shift = new_maximum(later, max + r, keep + r);
+        const vf old = vf_mul(vf_load(sum + r), vf_load(keep + r));
+        vf_store(add + r, vf_exp2(vf_sub(later, shift)));
+        vf_store(sum + r, vf_fma(vf_load(b_sum + r), vf_load(add + r), old));
+    }
+}
+
 /* a = fold(a, b), b being the later part; of each head's head_rows rows the first `rows` count, and
  * of each row the first `used` elements, whole vectors. Maxima and sums have whole sixteens. */
 static void fold_state(rf_state a, rf_state b, int64_t heads, int64_t head_rows, int64_t rows,
                        int64_t v_dim, int64_t used) {
     float keep[16], add[16];
     for (int64_t r = 0; r < heads * head_rows; r++) {
-        for (int i = 0; i < 16 && r % 16 == 0; i += RF_W) {
-            const vf max = vf_load(b.max + r + i);
-            const vf shift = new_maximum(max, a.max + r + i, keep + i),
-                     sum = vf_load(b.sum + r + i);
-            const vf old = vf_mul(vf_load(a.sum + r + i), vf_load(keep + i));
-            vf_store(add + i, vf_exp2(vf_sub(max, shift)));
-            vf_store(a.sum + r + i, vf_fma(sum, vf_load(add + i), old));
-        }
+        if (r % 16 == 0) fold_rows(a.max + r, a.sum + r, b.max + r, b.sum + r, keep, add);
         if (r % head_rows >= rows) continue;
         float *pa = a.acc + r * v_dim, *pb = b.acc + r * v_dim;
         const vf va = vf_set1(keep[r % 16]), vb = vf_set1(add[r % 16]);

@@ -13,9 +13,9 @@
 
 /* Scores of rb rows with four tokens; u: which four of the tile. fixed: dim is known when
  * compiling, a multiple of 64. */
-RF_INLINE void NAME(qk_table_block)(const rf_table *table, const float *q, int64_t ldq,
-                                    const uint8_t *const k[4], rf_ahead ahead, int u, int dim,
-                                    int fixed, int rb, vf factor, float *s) {
+RF_INLINE void NAME(qk_block)(const rf_table *table, const float *q, int64_t ldq,
+                              const T *const k[4], rf_ahead ahead, int u, int dim, int fixed,
+                              int rb, vf factor, float *s) {
     vf acc[4][4];
     for (int r = 0; r < rb; r++)
         for (int t = 0; t < 4; t++) acc[r][t] = vf_zero();
@@ -25,7 +25,7 @@ RF_INLINE void NAME(qk_table_block)(const rf_table *table, const float *q, int64
         __m512i words[2][4];
 #pragma GCC unroll 4
         for (int t = 0; t < 4; t++) {
-            NAME(words)(table, k[t] + c, dim - c, &words[0][t], &words[1][t]);
+            rf_words(table, k[t] + c, dim - c, &words[0][t], &words[1][t]);
             if (ahead && fixed) prefetch_step(ahead, (u * (dim / 64) + c / 64) * 4 + t, 64, dim);
         }
 #pragma GCC unroll 4
@@ -44,59 +44,18 @@ RF_INLINE void NAME(qk_table_block)(const rf_table *table, const float *q, int64
     rf_reduce(acc, rb, factor, s + u * 4, RF_FEW_LD);
 }
 
-RF_INLINE void NAME(qk_table_tokens)(const float *q, int64_t ldq, const rf_phase *x, rf_ahead ahead,
-                                     int dim, int fixed, int rb, vf factor, float *s) {
-    const rf_table table = table_of(RF_TABLE);
-    for (int t = 0; t < x->n; t += 4) {
-        const uint8_t *k[4];
-        if (ahead) prefetch_own(x, t + 4, 4, (int)sizeof(uint8_t));
-        for (int i = 0; i < 4; i++) /* past the end: scores nobody reads */
-            k[i] = (const uint8_t *)x->base + x->off[t + i];
-        NAME(qk_table_block)(&table, q, ldq, k, ahead, t / 4, dim, fixed, rb, factor, s);
-    }
-}
-
-/* The first block of rows prefetches, the others find the keys in the cache. */
-RF_INLINE void NAME(qk_table_rows)(const float *q, int64_t ldq, const rf_phase *x, int dim,
-                                   int fixed, int64_t rows, vf factor, float *s) {
-    rf_ahead ahead = x->ahead;
-    for (int64_t r = 0; r < rows; r += 4, ahead = NULL, q += 4 * ldq, s += 4 * RF_FEW_LD)
-        switch (rows - r) {
-        case 1: NAME(qk_table_tokens)(q, ldq, x, ahead, dim, fixed, 1, factor, s); break;
-        case 2: NAME(qk_table_tokens)(q, ldq, x, ahead, dim, fixed, 2, factor, s); break;
-        case 3: NAME(qk_table_tokens)(q, ldq, x, ahead, dim, fixed, 3, factor, s); break;
-        default: NAME(qk_table_tokens)(q, ldq, x, ahead, dim, fixed, 4, factor, s); break;
-        }
-}
-
-static void NAME(qk_table)(const void *query, int64_t ldq, const rf_phase *x, int64_t rows,
-                           float factor, float *s) {
-    const float *q = query;
-    const vf f = vf_set1(factor);
-    switch (x->dim) {
-    case 64: NAME(qk_table_rows)(q, ldq, x, 64, 1, rows, f, s); break;
-    case 128: NAME(qk_table_rows)(q, ldq, x, 128, 1, rows, f, s); break;
-    default: NAME(qk_table_rows)(q, ldq, x, x->dim, 0, rows, f, s); break;
-    }
-}
-
 /* acc = acc * alpha + p v for rb rows and the 64 elements from c on. */
-RF_INLINE void NAME(pv_table_block)(float *acc, int64_t lda, const float *alpha, const float *p,
-                                    const rf_phase *x, rf_ahead ahead, int dim, int fixed, int c,
-                                    int rb) {
+RF_INLINE void NAME(pv_block)(float *acc, int64_t lda, const float *alpha, const float *p,
+                              const rf_phase *x, rf_ahead ahead, int dim, int fixed, int c,
+                              int rb) {
     const rf_table table = table_of(RF_TABLE);
     vf a[4][4];
     acc += c;
-#pragma GCC unroll 4
-    for (int r = 0; r < rb; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-            a[r][j] =
-                alpha ? vf_mul(vf_load(acc + r * lda + j * 16), vf_set1(alpha[r])) : vf_zero();
+    load_sums(a, acc, lda, alpha, rb);
     for (int t = 0; t < x->n; t++) {
         __m512i words[2];
-        NAME(words)(&table, (const uint8_t *)x->base + x->off[t] + c, dim - c, words, words + 1);
-        if (ahead && c == 0) prefetch_own(x, t + 4, 1, (int)sizeof(uint8_t));
+        rf_words(&table, (const T *)x->base + x->off[t] + c, dim - c, words, words + 1);
+        if (ahead && c == 0) prefetch_own(x, t + 4, 1, (int)sizeof(T));
         if (ahead && fixed) prefetch_step(ahead, c / 64 * x->n + t, 64, dim);
         else if (ahead && c == 0) prefetch_vector(ahead, t, dim);
         vf v[4];
@@ -109,36 +68,20 @@ RF_INLINE void NAME(pv_table_block)(float *acc, int64_t lda, const float *alpha,
             for (int j = 0; j < 4; j++) a[r][j] = vf_fma(v[j], y, a[r][j]);
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < rb; r++)
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++) vf_store(acc + r * lda + j * 16, a[r][j]);
+    store_sums(a, acc, lda, rb);
 }
 
-RF_INLINE void NAME(pv_table_rows)(float *acc, int64_t lda, const float *alpha, const float *p,
-                                   const rf_phase *x, int dim, int fixed, int64_t rows) {
-    for (int64_t r = 0; r < rows; r += 4) {
-        rf_ahead ahead = r ? NULL : x->ahead;
-        const float *factor = alpha ? alpha + r : NULL, *pr = p + r * RF_FEW_LD;
-        float *to = acc + r * lda;
-        for (int c = 0; c < dim; c += 64) switch (rows - r) {
-            case 1: NAME(pv_table_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 1); break;
-            case 2: NAME(pv_table_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 2); break;
-            case 3: NAME(pv_table_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 3); break;
-            default: NAME(pv_table_block)(to, lda, factor, pr, x, ahead, dim, fixed, c, 4); break;
-            }
-    }
-}
+#define RF_QUERY       float
+#define RF_PROBABILITY float
+#include "few.inc.h"
 
-static void NAME(pv_table)(float *acc, int64_t lda, const float *alpha, float *p, const rf_phase *x,
-                           int64_t rows, void *work) {
+static void NAME(pv_few)(float *acc, int64_t lda, const float *alpha, float *p, const rf_phase *x,
+                         int64_t rows, void *work) {
     (void)work;
-    switch (x->dim) {
-    case 64: NAME(pv_table_rows)(acc, lda, alpha, p, x, 64, 1, rows); break;
-    case 128: NAME(pv_table_rows)(acc, lda, alpha, p, x, 128, 1, rows); break;
-    default: NAME(pv_table_rows)(acc, lda, alpha, p, x, x->dim, 0, rows); break;
-    }
+    NAME(pv_dims)(acc, lda, alpha, p, x, rows);
 }
 
+#undef T
 #undef NAME
 #undef RF_TABLE
+#undef rf_words
