@@ -57,13 +57,13 @@ cdef class BatchGroup:
         return <int32_t *> cnp.PyArray_DATA(self.block_table)
 
     cdef tuple make_csr(self):
-        cdef int32_t *table = self.live_table()
         cdef int64_t columns = cnp.PyArray_DIM(self.block_table, 1)
         cdef int32_t page = self.group.page_table.block_size // self.group.ratio
         cdef int32_t *rows = <int32_t *> cnp.PyArray_DATA(self.rows)
         cdef int32_t *lengths = <int32_t *> cnp.PyArray_DATA(self.seq_lens)
         cdef cnp.npy_intp i, n = cnp.PyArray_SIZE(self.rows), total = 0
         cdef int32_t pages
+        cdef int32_t *table
         cdef int32_t *starts
         cdef int32_t *ids
         cdef int32_t *last
@@ -80,6 +80,7 @@ cdef class BatchGroup:
         starts = <int32_t *> cnp.PyArray_DATA(indptr)
         ids = <int32_t *> cnp.PyArray_DATA(indices)
         last = <int32_t *> cnp.PyArray_DATA(last_page_len)
+        table = self.live_table()  # behind the slices: making objects may let others in
         total = 0
         for i in range(n):
             pages = (lengths[i] - 1) // page + 1

@@ -25,9 +25,11 @@ cdef bytes cbor_head(int major, int64_t number):
     return bytes([major << 5 | (23 + int(size).bit_length())]) + int(number).to_bytes(size, "big")
 
 
-cdef bytes cbor_salt(bytes salt):
-    """The extra keys of the first block below a salt, ``(("cache_salt", salt),)``: of the text it
-    stands for, or of the bytes where it is none."""
+cdef object extra_keys(object salt):
+    """The extra keys of the first block below a salt, ``(("cache_salt", salt),)``, in CBOR: of the
+    text it stands for, or of the bytes where it is none. None for no salt."""
+    if not salt:
+        return None
     try:
         salt.decode()
         major = 3
@@ -48,8 +50,9 @@ cdef class EventLog:
     def __dealloc__(self):
         rf_event_log_free(&self.log)
 
-    cdef int add_root(self, int32_t root, object salt) except -1:
-        self.extras[root] = cbor_salt(salt) if salt else None
+    cdef int add_root(self, int32_t root, object extra) except -1:
+        """Note the `extra_keys` of a root's salt."""
+        self.extras[root] = extra
         return 0
 
     cdef void name(self, rf_prefix_index *index, int32_t node) noexcept:
@@ -91,22 +94,26 @@ cdef class EventLog:
     def take(self):
         """The events since the last call, oldest first; those that follow from each other in one.
         """
-        cdef const rf_event *event
+        cdef rf_event event
         cdef const int32_t *tokens
         cdef int32_t k
         events, last, newest = [], None, None
         while self.log.num:
-            # one at a time, as making objects may run code that makes more events
-            event = rf_event_log_at(&self.log, 0)
-            tokens = rf_event_log_tokens(&self.log, 0)
-            kind, group, is_first = event.kind, event.group, event.is_first
+            # One at a time, each copied and dropped at once: making objects may run code that makes
+            # more events, or takes some itself.
+            event = rf_event_log_at(&self.log, 0)[0]
+            copied = PyBytes_FromStringAndSize(
+                <const char *> rf_event_log_tokens(&self.log, 0),
+                self.log.block_size * sizeof(int32_t) if event.kind == RF_EVENT_STORED else 0)
+            rf_event_log_drop(&self.log, 1)
+            group, is_first = event.group, event.is_first
             name = PyBytes_FromStringAndSize(<const char *> event.name, 32)
             parent = PyBytes_FromStringAndSize(<const char *> event.parent, 32)
-            ids = [tokens[k] for k in range(self.log.block_size)] if kind == RF_EVENT_STORED else []
-            rf_event_log_drop(&self.log, 1)
-            if kind == RF_EVENT_CLEARED:
+            if event.kind == RF_EVENT_CLEARED:
                 last = AllBlocksCleared()
-            elif kind == RF_EVENT_STORED:
+            elif event.kind == RF_EVENT_STORED:
+                tokens = <const int32_t *> PyBytes_AS_STRING(copied)
+                ids = [tokens[k] for k in range(self.log.block_size)]
                 if (type(last) is BlockStored and last.group_idx == group and not is_first
                         and newest == parent):
                     newest = name

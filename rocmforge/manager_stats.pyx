@@ -64,7 +64,7 @@ def collect(SharedSequences manager not None):
         block_size=manager.block_size, num_blocks=total, used_blocks=used,
         free_blocks=total - used, cached_blocks=cached, pinned_blocks=pinned,
         shared_blocks=shared, references=references,
-        num_sequences=manager.first.page_table.map.num_ids,
+        num_sequences=i,
         num_tokens=tokens, num_slots=slots * manager.block_size,
         prompt_tokens=manager.prompt_tokens, hit_tokens=manager.hit_tokens, evictions=evictions,
         copied_blocks=manager.copied_blocks, sequence_lengths=Distribution.of(lengths),

@@ -23,6 +23,7 @@ cdef class PageTable:
     cdef int reserve_blocks(self, int32_t row, int32_t extra) noexcept
     cdef void push_blocks(self, int32_t row, const int32_t *ids, int32_t n) noexcept
     cdef int32_t drop_row(self, uint64_t sequence_id) noexcept
+    cdef int32_t widest(self, list ids) except -1
     cdef bint has_sequence(self, int32_t row) noexcept
     cdef int32_t find(self, object sequence_id) except -2
     cdef int32_t require(self, object sequence_id) except -2

@@ -522,30 +522,42 @@ cdef class PageTable:
         ValueError
             If `out` has another dtype or too little room, or `pad` is no int32.
         """
-        cdef list rows = [self.require(sequence_id) for sequence_id in sequence_ids]
+        cdef list keys = [as_sequence_id(sequence_id) for sequence_id in sequence_ids]
         cdef int32_t filler = <int32_t> as_int(pad, "pad", -INT32_MAX - 1, INT32_MAX)
-        cdef int32_t row, num, widest = 0
-        cdef Py_ssize_t i, j, n = len(rows), width
+        cdef int32_t row, num
+        cdef Py_ssize_t i, j, n = len(keys), width
         cdef int32_t *target
-        for row in rows:
-            widest = max(widest, self.lists[row].num)
-        width = widest
-        if out is None:
-            result = np.empty((n, width), np.int32)
-        else:
-            if cnp.PyArray_Check(out) and out.ndim == 2 and out.shape[1] > width:
-                width = out.shape[1]
-            result = as_out(out, "out", cnp.NPY_INT32, (n, width))
-        target = <int32_t *> cnp.PyArray_DATA(<cnp.ndarray> result)
+        cdef cnp.ndarray result
+        while True:
+            width = self.widest(keys)
+            if out is None:
+                result = np.empty((n, width), np.int32)
+            else:
+                if cnp.PyArray_Check(out) and out.ndim == 2 and out.shape[1] > width:
+                    width = out.shape[1]
+                result = as_out(out, "out", cnp.NPY_INT32, (n, width))
+            if self.widest(keys) <= width:  # else others, let in meanwhile, made a list longer
+                break
+        target = <int32_t *> cnp.PyArray_DATA(result)
         for i in range(n):
-            row = rows[i]
-            num = min(self.lists[row].num, <int32_t> width)
+            row = rf_id_map_find(&self.map, keys[i])
+            num = self.lists[row].num
             if num:
                 memcpy(target, self.lists[row].ids, num * sizeof(int32_t))
             for j in range(num, width):
                 target[j] = filler
             target += width
         return result
+
+    cdef int32_t widest(self, list ids) except -1:
+        """The most blocks that one of some sequences has."""
+        cdef int32_t row, most = 0
+        for id in ids:
+            row = rf_id_map_find(&self.map, id)
+            if row == RF_NO_ROW:
+                raise UnknownSequenceError(f"sequence {id} is not in the page table")
+            most = max(most, self.lists[row].num)
+        return most
 
     # ---- the whole table ----
 

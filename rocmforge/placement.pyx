@@ -27,23 +27,32 @@ cnp.import_array()
 
 def describe(SharedSequences manager not None, sequence_id):
     """All that `place` needs to know of a sequence, and its blocks in each group."""
-    cdef int32_t row = manager.require(sequence_id)
-    cdef Sequence *sequence = &manager.sequences[row]
-    cdef cnp.npy_intp n = sequence.num_known
-    cdef cnp.ndarray tokens = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT32)
+    cdef int32_t row
+    cdef Sequence sequence
+    cdef cnp.npy_intp n
+    cdef cnp.ndarray tokens
     cdef CacheGroup group
-    cdef int32_t root = sequence.root
-    if n:
-        memcpy(cnp.PyArray_DATA(tokens), sequence.tokens, n * sizeof(int32_t))
-    found = {
-        "length": sequence.length, "committed": sequence.committed,
-        "priority": sequence.priority, "started": bool(sequence.started),
-        "shares": root != RF_NO_NODE, "resets": manager.prefixes.resets, "token_ids": tokens,
-    }
-    found["blocks"] = [group.page_table.copy_ids(row) for group in manager.groups]
-    salts = [salt for salt, node in manager.prefixes.salts.items() if root >= 0 and node == root]
-    found["salt"] = salts[0] if salts else None
-    return found
+    cdef uint64_t changes
+    while True:
+        changes = manager.changes
+        row = manager.require(sequence_id)
+        sequence = manager.sequences[row]
+        n = sequence.num_known
+        tokens = cnp.PyArray_SimpleNew(1, &n, cnp.NPY_INT32)
+        if n:
+            memcpy(cnp.PyArray_DATA(tokens), sequence.tokens, n * sizeof(int32_t))
+        found = {
+            "length": sequence.length, "committed": sequence.committed,
+            "priority": sequence.priority, "started": bool(sequence.started),
+            "shares": sequence.root != RF_NO_NODE, "resets": manager.prefixes.resets,
+            "token_ids": tokens, "salt": None,
+            "blocks": [group.page_table.copy_ids(row) for group in manager.groups],
+        }
+        for salt, node in manager.prefixes.salts.copy().items():
+            if node == sequence.root:
+                found["salt"] = salt
+        if changes == manager.changes:  # else objects that were made let others in
+            return found
 
 
 def place(SharedSequences manager not None, sequence_id, token_ids, salt, priority, length,
@@ -91,7 +100,7 @@ def place(SharedSequences manager not None, sequence_id, token_ids, salt, priori
     for g in range(len(firsts)):
         group = manager.groups[g]
         as_int(firsts[g], "firsts", 0, group.first_needed(written))
-    salt = salt_key(salt)
+    salt, extra = salt_key(salt), None
     shares &= manager.prefix_caching
     while True:
         changes = manager.changes
@@ -101,15 +110,16 @@ def place(SharedSequences manager not None, sequence_id, token_ids, salt, priori
         if shares:
             manager.prefixes.require()
             manager.prefixes.reserve_nodes(n // manager.block_size)
+            extra = manager.prefixes.extra_of(salt)
         manager.reserve_sequence()
         lists = [np.empty(blocks, np.int32) for _ in manager.groups]
         for group in manager.groups:
             group.grow_table(0, blocks)
         if changes == manager.changes:  # else another thread took the room meanwhile
             break
-    # From here on no Python code runs before everything is decided.
+    # From here on no Python code runs, as in `add_sequence`.
     if shares:
-        root = manager.prefixes.root_of(salt, True)
+        root = manager.prefixes.root_of(salt, extra)
         if root >= 0:
             found = manager.prefixes.match(root, data, min(written, n) // manager.block_size)
     for g in range(len(firsts)):

@@ -21,12 +21,15 @@ cdef class PrefixCache:
     cdef int32_t *nodes          # [nodes_capacity] the nodes that `match` walked
     cdef int64_t nodes_capacity
 
-    # Making room may fail and then changes nothing; what is noexcept runs nobody's code.
+    # Making room may fail and then changes nothing; what is noexcept runs nobody's code, nor do
+    # find_root and root_of.
     cdef int make_index(self) except -1
     cdef int require(self) except -1
     cdef int sweep_salts(self) except -1
     cdef int reserve_nodes(self, int64_t n) except -1
-    cdef int32_t root_of(self, object key, bint create) except -2
+    cdef int32_t find_root(self, object key) except -2
+    cdef object extra_of(self, object key)
+    cdef int32_t root_of(self, object key, object extra) except -2
     cdef int enable_events(self, int32_t capacity, str seed, object medium) except -1
     cdef void named(self, int32_t node) noexcept
     cdef void attach(self, int32_t node, int32_t group, int32_t block) noexcept

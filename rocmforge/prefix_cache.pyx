@@ -15,7 +15,7 @@ from rocmforge._core cimport (
     rf_prefix_index_init, rf_prefix_index_order, rf_prefix_index_use, rf_prefix_index_walk,
     rf_realloc)
 from rocmforge.cache_group cimport MAX_GROUPS, CacheGroup
-from rocmforge.event_log cimport EventLog, new_event_log
+from rocmforge.event_log cimport EventLog, extra_keys, new_event_log
 
 import os
 
@@ -81,48 +81,54 @@ cdef class PrefixCache:
         self.is_ready = True
         return 0
 
-    cdef int32_t root_of(self, object key, bint create) except -2:
-        """The root of a salt's space; RF_NO_NODE where there is none, or no node for a new one.
-
-        It runs nobody's code: `salt_key` has made the key.
-        """
-        cdef int32_t root
+    cdef int32_t find_root(self, object key) except -2:
+        """The root of the space of a salt, by its `salt_key`; RF_NO_NODE where there is none."""
         found = self.salts.get(key)
-        if found is not None:
-            return found
-        if not create:
-            return RF_NO_NODE
-        root = rf_prefix_index_add_root(&self.index)
-        if root != RF_NO_NODE:
-            self.salts[key] = root
-            if self.events is not None:
-                self.events.add_root(root, key)
+        return RF_NO_NODE if found is None else found
+
+    cdef object extra_of(self, object key):
+        """What `root_of` takes for a new space: it makes objects, which `root_of` must not."""
+        return None if self.events is None else extra_keys(key)
+
+    cdef int32_t root_of(self, object key, object extra) except -2:
+        """The root of a salt's space, which is made if need be; RF_NO_NODE where there is no room.
+        """
+        cdef int32_t root = self.find_root(key)
+        if root == RF_NO_NODE:
+            root = rf_prefix_index_add_root(&self.index)
+            if root != RF_NO_NODE:
+                self.salts[key] = root
+                if self.events is not None:
+                    self.events.add_root(root, extra)
         return root
 
     cdef int enable_events(self, int32_t capacity, str seed, object medium) except -1:
         """Begin a log, with what is cached already as stored just now."""
         cdef EventLog log
-        cdef int32_t node, root, g, block
+        cdef int32_t node, root, g, block, num_salts, i
         cdef cnp.ndarray order, place
         cdef int32_t *ordered
+        cdef dict salts
         self.require()
         while True:
-            salts = dict(self.salts)
+            salts = self.salts.copy()
             log = new_event_log(&self.index, capacity, seed, medium)
             order = np.empty(self.index.num_nodes, np.int32)
             place = np.empty(self.index.next_fresh, np.int32)
             for salt, root in salts.items():
-                log.add_root(root, salt)
-            # making objects may have run other code
-            if (salts == self.salts and len(order) == self.index.num_nodes
-                    and len(place) == self.index.next_fresh):
+                log.add_root(root, extra_keys(salt))
+            # Making objects may have run other code. From here on none is made.
+            if (salts == self.salts and cnp.PyArray_SIZE(order) == self.index.num_nodes
+                    and cnp.PyArray_SIZE(place) == self.index.next_fresh):
                 break
         ordered = <int32_t *> cnp.PyArray_DATA(order)
-        for i, root in enumerate(salts.values()):
-            ordered[i] = root
-        rf_prefix_index_order(&self.index, <int32_t> len(salts), ordered,
+        num_salts = 0
+        for root in salts.values():
+            ordered[num_salts] = root
+            num_salts += 1
+        rf_prefix_index_order(&self.index, num_salts, ordered,
                               <int32_t *> cnp.PyArray_DATA(place))
-        for i in range(len(salts), len(order)):
+        for i in range(num_salts, self.index.num_nodes):
             node = ordered[i]
             log.name(&self.index, node)
             for g in range(self.index.num_groups):
@@ -157,8 +163,10 @@ cdef class PrefixCache:
         if len(self.salts) < self.salts_limit and (
                 not self.is_ready or self.index.num_nodes < self.index.capacity):
             return 0
-        for salt, root in list(self.salts.items()):
-            if self.index.nodes[root].uses == 0 and self.salts.pop(salt, None) is not None:
+        for salt, root in self.salts.copy().items():
+            # the copy may have let others in, who swept, too
+            if self.find_root(salt) == root and self.index.nodes[root].uses == 0:
+                del self.salts[salt]
                 rf_prefix_index_drop_root(&self.index, root)
         self.salts_limit = max(64, 2 * len(self.salts))
         return 0

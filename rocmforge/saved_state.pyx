@@ -78,10 +78,8 @@ cdef int point(rf_saved_pool *saved, object arrays, str prefix) except -1:
     return 0
 
 
-cdef int make_pool_arrays(rf_block_pool *pool, dict arrays, str prefix) except -1:
-    """Empty arrays of the sizes that the pool needs now."""
-    cdef rf_saved_pool saved
-    rf_saved_pool_measure(&saved, pool)
+cdef int make_pool_arrays(const rf_saved_pool *saved, dict arrays, str prefix) except -1:
+    """Empty arrays of the sizes that were measured."""
     sizes = {"free_ids": saved.num_free, "kept": saved.num_kept, "evicted": saved.num_evicted}
     for name, dtype in POOL_ARRAYS.items():
         arrays[prefix + name] = np.empty(sizes.get(name, saved.num_touched), dtype)
@@ -111,16 +109,17 @@ cdef int restore_pool(rf_block_pool *pool, object arrays, str prefix, uint64_t c
 
 def dump_allocator(BlockAllocator allocator not None):
     """What `load_allocator` takes."""
-    cdef rf_saved_pool saved
+    cdef rf_saved_pool saved, measured
     arrays = {}
     while True:
-        make_pool_arrays(&allocator.pool, arrays, "")
+        rf_saved_pool_measure(&measured, &allocator.pool)
+        make_pool_arrays(&measured, arrays, "")
         rf_saved_pool_measure(&saved, &allocator.pool)
-        # making the arrays may have let others in
-        if [len(arrays[name]) for name in ("ref_counts", "free_ids", "kept", "evicted")] == [
-                saved.num_touched, saved.num_free, saved.num_kept, saved.num_evicted]:
+        # Making the arrays may have let others in. From here on nothing does.
+        if (measured.num_touched == saved.num_touched and measured.num_free == saved.num_free
+                and measured.num_kept == saved.num_kept
+                and measured.num_evicted == saved.num_evicted):
             break
-    rf_saved_pool_measure(&saved, &allocator.pool)
     point(&saved, arrays, "")
     rf_saved_pool_fill(&saved, &allocator.pool)
     return allocator.pool.num_blocks, saved.clock, saved.total_evictions, arrays
@@ -199,12 +198,13 @@ def dump(SharedSequences manager not None):
     while True:
         changes = manager.changes
         arrays = {}
-        salts = list(manager.prefixes.salts.items())
-        make_arrays(manager, arrays, len(salts))
+        known = manager.prefixes.salts.copy()
+        salts = list(known.items())
+        make_arrays(manager, arrays)
         numbers = make_numbers(manager, salts)
         # Making objects may let other threads in, or run a finalizer that frees a sequence. From
-        # here on nobody comes in between.
-        if changes == manager.changes and dict(salts) == manager.prefixes.salts:
+        # here on no object is made that the garbage collector counts, so nobody comes in between.
+        if changes == manager.changes and known == manager.prefixes.salts:
             break
     for g in range(len(manager.groups)):
         fill_group(manager, g, arrays, f"group{g}.")
@@ -236,13 +236,15 @@ cdef dict make_numbers(SharedSequences manager, list salts):
     }
 
 
-cdef int make_arrays(SharedSequences manager, dict arrays, Py_ssize_t num_salts) except -1:
+cdef int make_arrays(SharedSequences manager, dict arrays) except -1:
     cdef CacheGroup group
+    cdef rf_saved_pool saved
     cdef int64_t listed, known = 0, num_nodes = 0, num_fresh = 0
     cdef int32_t row, num_rows = manager.first.page_table.map.num_rows
     cdef int32_t num_ids = manager.first.page_table.map.num_ids
     for g, group in enumerate(manager.groups):
-        make_pool_arrays(&group.allocator.pool, arrays, f"group{g}.")
+        rf_saved_pool_measure(&saved, &group.allocator.pool)
+        make_pool_arrays(&saved, arrays, f"group{g}.")
         listed = 0
         for row in range(num_rows):
             listed += group.page_table.lists[row].num

@@ -243,7 +243,7 @@ cdef class SharedSequences:
             n = cnp.PyArray_SIZE(tokens)
         if self.max_seq_len is not None and n > self.max_seq_len:
             raise ValueError(f"token_ids: {n} tokens, max_seq_len is {self.max_seq_len}")
-        salt = salt_key(salt)
+        salt, extra = salt_key(salt), None
         while True:
             changes = self.changes
             if rf_id_map_find(&self.first.page_table.map, key) != RF_NO_ROW:
@@ -252,12 +252,14 @@ cdef class SharedSequences:
             if self.prefix_caching and (n or salt is not None):
                 self.prefixes.require()
                 self.prefixes.reserve_nodes(n // self.block_size)
+                extra = self.prefixes.extra_of(salt)
             self.reserve_sequence()
             if changes == self.changes:  # else another thread took the room meanwhile
                 break
-        # From here on no Python code runs, so that nobody changes what was looked at.
+        # From here on no Python code runs, and no object is made that the garbage collector counts
+        # and could run somebody's code for: nobody changes what was looked at.
         if self.prefix_caching and (n or salt is not None):
-            root = self.prefixes.root_of(salt, True)
+            root = self.prefixes.root_of(salt, extra)
         if n:
             known = <int32_t *> rf_alloc(n * sizeof(int32_t))
             if known == NULL:
@@ -515,7 +517,7 @@ cdef class SharedSequences:
         """
         cdef cnp.ndarray tokens = as_tokens(token_ids, "token_ids")
         cdef int64_t n = cnp.PyArray_SIZE(tokens)
-        cdef int32_t root = self.prefixes.root_of(salt_key(salt), False)
+        cdef int32_t root = self.prefixes.find_root(salt_key(salt))
         if root < 0 or n == 0:
             return 0
         self.prefixes.reserve_nodes(n // self.block_size)
@@ -545,7 +547,7 @@ cdef class SharedSequences:
         cdef int64_t n = cnp.PyArray_SIZE(tokens), found = 0, needed, available, i
         cdef int64_t limit = INT32_MAX if self.max_seq_len is None else self.max_seq_len
         cdef int64_t end = as_int(n if length is None else length, "length", 0, limit)
-        cdef int32_t root = self.prefixes.root_of(salt_key(salt), False), g = 0
+        cdef int32_t root = self.prefixes.find_root(salt_key(salt)), g = 0
         cdef CacheGroup group
         if (self.max_sequences is not None
                 and self.first.page_table.map.num_ids >= self.max_sequences):
@@ -589,7 +591,7 @@ cdef class SharedSequences:
         """
         cdef cnp.ndarray tokens = as_tokens(token_ids, "token_ids")
         cdef int64_t n = cnp.PyArray_SIZE(tokens), found, i, pinned = 0, added = 0
-        cdef int32_t root = self.prefixes.root_of(salt_key(salt), False), g = 0, block
+        cdef int32_t root = self.prefixes.find_root(salt_key(salt)), g = 0, block
         cdef CacheGroup group
         if root < 0 or n == 0:
             return 0
@@ -630,7 +632,7 @@ cdef class SharedSequences:
         """
         cdef cnp.ndarray tokens = as_tokens(token_ids, "token_ids")
         cdef int64_t n = cnp.PyArray_SIZE(tokens), count = 0
-        cdef int32_t root = self.prefixes.root_of(salt_key(salt), False), g, i, walked = 0, block
+        cdef int32_t root = self.prefixes.find_root(salt_key(salt)), g, i, walked = 0, block
         cdef bint lost
         cdef CacheGroup group
         if root >= 0:
@@ -757,6 +759,7 @@ cdef class SharedSequences:
         if not self.prefix_caching:
             raise ValueError("enable_events: the cache was made without prefix_caching")
         self.prefixes.enable_events(most, seed, medium)
+        self.changes += 1  # who adds a sequence just now needs its salt's extra keys
 
     def take_events(self):
         """The events since the last call, oldest first.

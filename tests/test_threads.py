@@ -7,13 +7,15 @@ their own where one's would be in the other's way. CI runs it under the thread s
 from __future__ import annotations
 
 import contextlib
+import gc
 import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,12 +30,33 @@ pytestmark = pytest.mark.untraced
 SECONDS = 1.0
 
 
-@pytest.fixture(autouse=True)
-def switch_often():
-    before = sys.getswitchinterval()
+@pytest.fixture(autouse=True, params=["at bytecodes", "at collections"])
+def others_come_in(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Threads switch often; also where an object is made, as a finalizer there may let others in.
+
+    Up to Python 3.11 the garbage collector runs where an object is made that it counts, in the
+    middle of a compiled function, too. A full collection empties the lists of objects to be used
+    again, so that what follows is made anew.
+    """
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
     sys.setswitchinterval(1e-5)
+
+    def let_in(phase: str, info: dict[str, Any]) -> None:
+        if phase == "stop" and info["generation"] == 2:
+            time.sleep(1e-6)
+
+    if request.param == "at collections":
+        gc.collect()
+        gc.freeze()  # what exists already is not looked at
+        gc.collect()
+        gc.callbacks.append(let_in)
+        gc.set_threshold(1, 0, 0)
     yield
-    sys.setswitchinterval(before)
+    sys.setswitchinterval(interval)
+    gc.set_threshold(*threshold)
+    if let_in in gc.callbacks:
+        gc.callbacks.remove(let_in)
+        gc.unfreeze()
 
 
 def together(*work: Callable[[int, Callable[[], bool]], None]) -> None:
