@@ -24,7 +24,7 @@ import numpy as np
 import _peers
 from _bench import machine, median_seconds, print_table
 from _probe import Probe, aligned_zeros
-from rocmforge import reference
+from rocmforge import KVCache, reference
 from rocmforge.dtypes import NAMES, resolve
 from rocmforge.ops import _cpu, paged_attention, set_num_threads, write_kv
 
@@ -92,6 +92,8 @@ class Memory:
         self.next = 0
 
     def take(self, nbytes: int) -> np.ndarray:
+        if nbytes > self.bytes.size:
+            raise ValueError(f"{nbytes} bytes of a memory of {self.bytes.size}")
         if self.next + nbytes > self.bytes.size:
             self.next = 0
         self.next += nbytes
@@ -180,11 +182,15 @@ def milliseconds(seconds: float | None) -> str:
     return "-" if seconds is None else f"{seconds * 1e3:.2f}"
 
 
-def decode(args: argparse.Namespace, probe: Probe, memory: Memory) -> None:
+def decode(args: argparse.Namespace, probe: Probe) -> None:
+    elements = 2 * max(batch * context for batch, context, _ in args.decode) * KV_HEADS * HEAD_DIM
+    largest = elements * max(resolve(dtype).itemsize for dtype in args.dtypes)
+    memory = Memory(max(args.pool_bytes, largest))
     for block_size, layout in [(b, lay) for lay in args.layouts for b in args.block_sizes]:
         rows = []
         for dtype in args.dtypes:
             nbytes = args.pool_bytes * (2 if dtype == "float32" else 1)
+            nbytes = max(nbytes, 2 * elements * resolve(dtype).itemsize)  # no problem twice in turn
             pool = Pool(dtype, block_size, layout, nbytes)
             for threads, (batch, context, queries) in itertools.product(args.threads, args.decode):
                 set_num_threads(threads)
@@ -335,6 +341,27 @@ def write(args: argparse.Namespace, probe: Probe) -> None:
     print_table(["problem", "dtype", "threads", "us", "GB/s", "of copy", "vllm us"], rows)
 
 
+def write_calls(args: argparse.Namespace) -> None:
+    """One token, hot: written, skipped as padding (all but the writing), and by a cache."""
+    rows = []
+    set_num_threads(1)
+    for dtype in args.dtypes:
+        pool = Pool(dtype, args.block_sizes[0], args.layouts[0], 8 << 20)
+        new = np.ones((1, KV_HEADS, HEAD_DIM), pool.query_dtype)
+        options = {"layout": pool.layout, **pool.scales}
+        cache = KVCache(2, 8, KV_HEADS, HEAD_DIM, block_size=pool.block_size, dtype=dtype)
+        cache.add_sequence(0)
+        batch = cache.append([0], 1)
+        calls = [
+            lambda n=new, p=pool, o=options, s=slot: write_kv(n, n, *p.caches, s, **o)
+            for slot in (np.array([5]), np.array([-1]))
+        ] + [lambda n=new, c=cache, b=batch: c.write(0, n, n, b)]
+        seconds = [median_seconds(call, repeats=args.repeats, seconds=0.02) for call in calls]
+        rows.append([dtype, *(f"{s * 1e6:.2f}" for s in seconds)])
+    print("\nOne token, us a call, one thread; KVCache.write of one of two layers")
+    print_table(["dtype", "write_kv", "of padding", "KVCache.write"], rows)
+
+
 def check_write(pool: Pool, new: list[np.ndarray], slots: np.ndarray) -> None:
     """Every byte that was to be written; for few tokens also that no other was."""
     before = [cache.copy() for cache in pool.caches] if len(slots) <= 32 else None
@@ -422,7 +449,10 @@ def main() -> None:
         type=numbers,
         nargs="*",
         metavar="BATCHxCONTEXTxQUERIES",
-        default=[(1, 512, 1), (1, 8192, 1), (8, 2048, 1), (32, 2048, 1), (32, 2048, 4)],
+        default=[
+            *((batch, context, 1) for batch in (1, 8, 32) for context in (512, 2048, 8192)),
+            (32, 2048, 4),
+        ],
     )
     parser.add_argument(
         "--prefill",
@@ -440,19 +470,19 @@ def main() -> None:
         args.decode, args.prefill, args.write = [(1, 64, 1), (4, 512, 1)], [(1, 64, 32)], [1, 2048]
         args.ragged = 200
     probe = Probe()
-    memory = Memory(args.pool_bytes)
     print(machine())
     variants = ", ".join(_cpu.available_isas())
     print(f"{_cpu.isa()} of {variants}; {HEADS}/{KV_HEADS} heads of {HEAD_DIM}")
     calls(args)
     if args.decode:
-        decode(args, probe, memory)
+        decode(args, probe)
     if args.prefill:
         prefill(args, probe)
     if args.ragged:
         ragged(args)
     if args.write:
         write(args, probe)
+        write_calls(args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ cdef class BatchGroup:
     cdef readonly cnp.ndarray slot_mapping, block_table, copies, table_delta
     cdef CacheGroup group
     cdef uint64_t serial       # of the batch: equal to the group's newest while the table is its
-    cdef cnp.ndarray rows, seq_lens
+    cdef cnp.ndarray rows, seq_lens, cu_seqlens_q
     cdef tuple csr             # (indptr, indices, last page lengths), once asked for
     cdef cnp.ndarray csr_buffer  # what they are views of
 

@@ -116,6 +116,32 @@ cdef class BatchGroup:
             self.csr = self.make_csr()
         return self.csr[2]
 
+    @property
+    def num_common_blocks(self):
+        """Leading kernel blocks that all sequences share, without any slot that the batch writes.
+
+        Made when asked for, which must be before the next batch is made. Blocks that a window has
+        passed count as shared.
+        """
+        cdef int32_t *table = self.live_table()
+        cdef int32_t *rows = <int32_t *> cnp.PyArray_DATA(self.rows)
+        cdef int32_t *lengths = <int32_t *> cnp.PyArray_DATA(self.seq_lens)
+        cdef int32_t *starts = <int32_t *> cnp.PyArray_DATA(self.cu_seqlens_q)
+        cdef int64_t columns = cnp.PyArray_DIM(self.block_table, 1), common, column
+        cdef int32_t page = self.group.page_table.block_size // self.group.ratio
+        cdef cnp.npy_intp i, n = cnp.PyArray_SIZE(self.rows)
+        if n == 0:
+            return 0
+        common = (lengths[0] - starts[1]) // page
+        for i in range(1, n):
+            common = min(common, (lengths[i] - (starts[i + 1] - starts[i])) // page)
+            column = 0
+            while column < common and (
+                    table[rows[i] * columns + column] == table[rows[0] * columns + column]):
+                column += 1
+            common = column
+        return common
+
 
 @cython.final
 cdef class Batch:
@@ -186,26 +212,8 @@ cdef class Batch:
 
     @property
     def num_common_blocks(self):
-        """Leading kernel blocks that all sequences share, without any slot that the batch writes.
-
-        Made when asked for, which must be before the next batch is made.
-        """
-        cdef BatchGroup part = self.groups[0]
-        cdef int32_t *table = part.live_table()
-        cdef int64_t columns = cnp.PyArray_DIM(part.block_table, 1), common, column
-        cdef int32_t page = part.group.page_table.block_size // part.group.ratio
-        cdef int32_t i
-        if self.num_sequences == 0:
-            return 0
-        common = self.items[0].start // page
-        for i in range(1, self.num_sequences):
-            common = min(common, self.items[i].start // page)
-            column = 0
-            while column < common and (table[self.items[i].row * columns + column]
-                                       == table[self.items[0].row * columns + column]):
-                column += 1
-            common = column
-        return common
+        """As `BatchGroup.num_common_blocks`, of the first group."""
+        return self.groups[0].num_common_blocks
 
     def __len__(self):
         return self.num_sequences
@@ -306,6 +314,7 @@ cdef class Batch:
             part.slot_mapping = sized(part.slot_mapping, self.num_tokens, cnp.NPY_INT64)
             part.rows = self.rows
             part.seq_lens = self.seq_lens
+            part.cu_seqlens_q = self.cu_seqlens_q
             part.copies = NO_COPIES
             part.table_delta = NO_DELTA
             part.csr = None

@@ -137,7 +137,7 @@ class KVCache(KVCacheManager):
     _mirror: Mirror | None
     _layers: list[LayerPools]
     _shapes: list[Shape]
-    _common: int | None
+    _common: int | None  # blocks that the newest batch shares in each group without a window
     _common_prefix: CommonPrefix | None  # of the newest batch, once it was needed
     _moving: threading.RLock  # held while contents move: no block is taken or written meanwhile
 
@@ -565,7 +565,7 @@ class KVCache(KVCacheManager):
         """Attention, in two parts where that is allowed and pays."""
         caches = (pools.keys, pools.read_values)
         prefix = None
-        if not options["deterministic"] and pools.group == 0:
+        if not options["deterministic"]:
             prefix = self._worthwhile_prefix(batch, pools, options["alibi_slopes"])
         if prefix is not None:
             return attend_with_prefix(prefix, query, *caches, table, cu_seqlens_q, **options)
@@ -578,7 +578,12 @@ class KVCache(KVCacheManager):
         if self._mirror is not None and self._mirror.is_capturing():
             return None  # the graph serves batches that share less, too
         if self._common is None:
-            self._common = batch.num_common_blocks
+            counts = [
+                part.num_common_blocks
+                for part, group in zip(batch.groups, self.groups, strict=True)
+                if not group.window
+            ]
+            self._common = min(counts, default=0)
         size = self.kernel_block_size
         if not is_worthwhile(self._common * size, batch, pools.window_size, alibi_slopes):
             return None

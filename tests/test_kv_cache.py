@@ -389,8 +389,12 @@ def test_common_prefix(dtype, prefixes):
     assert len(prefixes) == 4
 
 
-def test_a_common_prefix_leaves_out_windows(prefixes):
-    groups = [LayerGroup(300, window=300, layers=[0, 1])]
+@pytest.mark.parametrize("full", [(), (0,), (1,), (0, 1)], ids=str)
+def test_a_common_prefix_leaves_out_windows(prefixes, full):
+    """Whichever layers have one, and whatever the order of their groups."""
+    groups = [
+        LayerGroup(300, window=None if layer in full else 300, layers=[layer]) for layer in (0, 1)
+    ]
     model = Model(
         KVCache(2, num_kv_heads=2, head_dim=16, block_size=4, dtype="float32", groups=groups)
     )
@@ -399,7 +403,7 @@ def test_a_common_prefix_leaves_out_windows(prefixes):
     for i in range(1, 6):
         model.add(i, parent=0)
     model.step(dict.fromkeys(range(6), 1), deterministic=False)
-    assert not prefixes
+    assert prefixes == [75] * len(full)
 
 
 def test_out_and_bits_by_default(prefixes):

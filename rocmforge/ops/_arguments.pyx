@@ -265,8 +265,8 @@ cdef int read_logits(rf_attention_params *p, object scale, object causal, object
         p.window_left = _window_side(window_size[0], window_size)
         p.window_right = _window_side(window_size[1], window_size)
     p.softcap = <float>as_number(softcap, "softcap", "a float")
-    if not 0.0 <= p.softcap < INFINITY:
-        raise ValueError(f"softcap must be finite and not negative, got {softcap}")
+    if not 0.0 <= p.softcap < INFINITY or (p.softcap == 0.0 and softcap != 0):
+        raise ValueError(f"softcap must be 0, or positive and finite in float32, got {softcap}")
     p.alibi_slopes = p.sinks = NULL
     if alibi_slopes is not None:
         p.alibi_slopes = as_floats(alibi_slopes, "alibi_slopes", "[num_heads]", p.num_heads)

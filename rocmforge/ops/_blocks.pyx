@@ -25,7 +25,8 @@ def write_kv(key, value, k_cache, v_cache, slot_mapping, *, k_scale=None, v_scal
              kv_dtype=None, layout="HND", stream=None):
     """Write the keys and values of new tokens into their slots of the paged cache.
 
-    Synchronous on the CPU. A slot that is named twice gets one of its tokens, unspecified which.
+    Synchronous on the CPU. A slot must not be named twice: threads would write to it at once, and
+    what it then holds is unspecified.
 
     An 8-bit cache gets ``x / scale``, rounded to the nearest element, ties to even, and saturated:
     the product of x and the scale's reciprocal, in float32. NaN stays NaN in float8 and becomes 0
@@ -192,6 +193,8 @@ cdef class _Pools:
         for i, cache in enumerate(caches):
             name = f"caches[{i}]"
             a = as_array(cache, name)
+            if (<object>a).dtype.hasobject:
+                raise ValueError(f"{name} must not hold Python objects, got {a.dtype}")
             if written:
                 writable(a, name)
             read_blocks(&self.data[<Py_ssize_t>i], a, name)
@@ -226,7 +229,7 @@ def copy_blocks(caches, copies, *, stream=None):
     ----------
     caches : array [num_blocks, ...], or sequence of such arrays
         Anything with one entry a block: keys, values and scales of all layers in one call. Any
-        dtypes and inner shapes; all with the same num_blocks.
+        dtypes but Python objects, any inner shapes; all with the same num_blocks.
     copies : array int32 [num_copies, 2]
         Source and destination block of each copy.
     stream : optional

@@ -4,7 +4,7 @@
 
 /* What the processor has, and what its kernel says when it is asked. */
 static unsigned has;
-static int permits, requests;
+static int permits, requests, is_intel;
 enum { AVX2 = 7, AVX512 = 127, BF16 = 511, AMX_TILE = 1 << 9, AMX_BF16 = 1 << 10, AMX = 2047 };
 
 #if defined(__x86_64__)
@@ -23,6 +23,10 @@ static int fake_supports(const char *name) {
     CHECK(!"a feature that the test does not know");
     return 0;
 }
+static int fake_is(const char *name) {
+    CHECK(strcmp(name, "intel") == 0);
+    return is_intel;
+}
 static int fake_cpuid(unsigned leaf, unsigned sub, unsigned *a, unsigned *b, unsigned *c,
                       unsigned *d) {
     CHECK(leaf == 7 && sub == 0);
@@ -36,6 +40,7 @@ static long fake_syscall(long number, int code, int feature) {
     return permits ? 0 : -1;
 }
 #define __builtin_cpu_supports fake_supports
+#define __builtin_cpu_is       fake_is
 #define __get_cpuid_count      fake_cpuid
 #define syscall                fake_syscall
 #endif
@@ -74,6 +79,11 @@ int main(void) {
                0);
         CHECK(!rf_cpu_isa_available("amx"));
     }
+    /* where dot products are slow, by name alone */
+    is_intel = 1;
+    expect(AMX, 0, "avx512", 1);
+    expect(BF16, 1, "avx512", 0);
+    CHECK(rf_cpu_isa_available("avx512bf16"));
     expect(AMX, 1, "amx", 1);
 #endif
     for (int i = 0; rf_cpu_isa_name(i); i++) CHECK(rf_cpu_isa_available(rf_cpu_isa_name(i)));
