@@ -64,8 +64,11 @@ def test_operations_and_runtime(simulated: Path) -> None:
 def test_lanes_and_workgroups_in_random_order(simulated: Path) -> None:
     run(
         simulated,
-        *("tests/device/test_attention.py", "tests/device/test_blocks.py"),
-        *("-k", "not random and (ragged or features or split or write or merge or gather)"),
+        *(f"tests/device/test_{name}.py" for name in ("attention", "blocks", "matrix")),
+        *(
+            "-k",
+            "not random and (ragged or features or split or write or merge or gather or holes)",
+        ),
         RF_SIM_SEED="7",
     )
 

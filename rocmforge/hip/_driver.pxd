@@ -8,6 +8,7 @@ cdef class Device:
     cdef dict _modules
     cdef dict _kernels
     cdef dict _workspaces
+    cdef object scratch_lock  # held from `workspace` to the last launch that uses it
     cdef dict _families
     cdef void *_module(self, str family) except NULL
     cdef bint has(self, str family) except -1

@@ -17,6 +17,7 @@ from rocmforge.ops._arrays cimport array_at
 
 import ctypes
 import os
+import threading
 from importlib.resources import files
 from pathlib import Path
 
@@ -428,6 +429,7 @@ cdef class Device:
     def __cinit__(self, int index):
         self.index = index
         self._modules, self._kernels, self._workspaces, self._families = {}, {}, {}, {}
+        self.scratch_lock = threading.RLock()
         properties = _properties_type()
         cdef void *p = <void *><uintptr_t>int(properties)
         cdef int value = 0
@@ -501,6 +503,8 @@ cdef class Device:
     cdef void *workspace(self, void *stream, size_t size) except NULL:
         """Scratch memory that calls on one stream share, as they run one after the other.
 
+        The caller holds `scratch_lock` until all that uses it is enqueued: launches let other
+        threads in, whose calls would come between, or free it for a larger one.
         It begins with RF_ARRIVALS counters, zero at first, that each call leaves as they were.
         """
         key = <uintptr_t>stream

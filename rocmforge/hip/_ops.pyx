@@ -251,7 +251,7 @@ def attention_workspace_size(*, num_seqs, num_heads, num_kv_heads, head_dim, max
     Parameters
     ----------
     num_seqs, num_heads, num_kv_heads, head_dim, v_head_dim : int
-        Of the largest call.
+        Of the largest call. It is enough for smaller ones.
     max_seqlen_q, max_seq_len : int
         The bounds that the calls give. Without them `paged_attention` takes the number of query
         tokens, and block_table's width times the block size.
@@ -268,6 +268,7 @@ def attention_workspace_size(*, num_seqs, num_heads, num_kv_heads, head_dim, max
     cdef rf_attention_launch a
     cdef _Plan plan
     cdef int units = 1
+    cdef int64_t size = 0
     numbers = {"num_seqs": num_seqs, "num_heads": num_heads, "num_kv_heads": num_kv_heads,
                "head_dim": head_dim, "max_seqlen_q": max_seqlen_q, "max_seq_len": max_seq_len}
     for name, number in numbers.items():
@@ -280,13 +281,15 @@ def attention_workspace_size(*, num_seqs, num_heads, num_kv_heads, head_dim, max
         raise ValueError(f"num_heads must be a multiple of num_kv_heads, got {num_heads} and "
                          f"{num_kv_heads}")
     a.p.v_head_dim = head_dim if v_head_dim is None else v_head_dim
-    a.p.num_seqs = num_seqs
-    a.p.num_tokens = num_seqs * max_seqlen_q
-    tile = _kernel_of(max(head_dim, a.p.v_head_dim), 0, False, 0)[3]
-    _plan(&a, &plan, tile, max_seqlen_q, max_seq_len, num_splits, deterministic, units)
-    size = plan.bytes  # whichever kernel the calls' types choose
-    _plan(&a, &plan, RF_MATRIX_ROWS, max_seqlen_q, max_seq_len, num_splits, deterministic, units)
-    return max(size, plan.bytes)
+    calls = [(num_seqs, num_seqs * max_seqlen_q)]
+    if not deterministic and num_splits is None:  # where there is less to do, it is cut finer
+        calls += [(n, n) for n in range(1, min(num_seqs, 2 * units) + 1)]
+    # whichever kernel the calls' types choose
+    for rows in (_kernel_of(max(head_dim, a.p.v_head_dim), 0, False, 0)[3], RF_MATRIX_ROWS):
+        for a.p.num_seqs, a.p.num_tokens in calls:
+            _plan(&a, &plan, rows, max_seqlen_q, max_seq_len, num_splits, deterministic, units)
+            size = max(size, plan.bytes)
+    return size
 
 
 def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q=None, *, rows=None,
@@ -315,10 +318,13 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     cdef DeviceArray result, lse = None
     cdef int64_t mask_width, max_q, max_len, counters = RF_ARRIVALS * sizeof(uint32_t)
     cdef void *scratch = NULL
+    cdef void *reduction = NULL
     memset(&a, 0, sizeof(a))
     k_scale = _scale(k_scale, "k_scale", device, number)
     v_scale = _scale(v_scale, "v_scale", device, number)
     read_attention(&a.p, q, k, v, k_scale, v_scale, nhd, kv_dtype)
+    if cnp.PyArray_DIM(k, 0) == 0 and a.p.num_tokens:
+        raise ValueError("k_cache must have at least one block on a HIP device, got none")
     read_batch(&a.p, table, lens, cu, row_array)
     read_logits(&a.p, scale, causal, window_size, softcap, slopes, sink_array)
     mask_width = read_mask(&a.p, mask_array)
@@ -367,30 +373,37 @@ def paged_attention(query, k_cache, v_cache, block_table, seq_lens, cu_seqlens_q
     if with_lse:
         lse = new_device_array(device, (a.p.num_tokens, a.p.num_heads), _F32)
         a.p.lse = <float *>cnp.PyArray_DATA(lse._array)
-    if plan.states:
-        if workspace is None:
-            scratch = device.workspace(handle, counters + plan.bytes)
-            if _last_merges(&a, &plan, tile_rows, device):
-                a.arrivals = <uint32_t *>scratch
-            scratch = <char *>scratch + counters
-        # else a second kernel merges: nobody knows what lies in a workspace of the caller's
-        a.partial = <float *>scratch
-        a.partial_state = a.partial + plan.states * a.p.v_head_dim
     cdef void *kernel = device.kernel(family, kernel_name)
-    cdef void *reduction = NULL
-    if plan.states and a.arrivals == NULL:
-        reduction = device.kernel(family, reduction_name)
-    if cu is not None:  # rows of nobody: what is new must hold something
-        if result is not None:
-            fill_bytes(device, cnp.PyArray_DATA(o), 0, cnp.PyArray_NBYTES(o), handle)
-        if with_lse:
-            fill_words(device, a.p.lse, _MINUS_INFINITY, a.p.num_tokens * a.p.num_heads, handle)
-    if a.p.num_tokens and a.p.num_seqs:
-        launch(device, kernel, plan.tiles * a.p.num_kv_heads, 1, a.max_splits, handle, &a,
-               sizeof(a))
-        if reduction != NULL:
-            launch(device, reduction, a.p.num_seqs, a.p.num_kv_heads,
-                   (a.split_rows + RF_WAVES - 1) // RF_WAVES, handle, &a, sizeof(a))
+    lock = device.scratch_lock if plan.states and workspace is None else None
+    if lock is not None:
+        lock.acquire()
+    try:
+        if plan.states:
+            if workspace is None:
+                scratch = device.workspace(handle, counters + plan.bytes)
+                if _last_merges(&a, &plan, tile_rows, device):
+                    a.arrivals = <uint32_t *>scratch
+                scratch = <char *>scratch + counters
+            # else a second kernel merges: nobody knows what lies in a workspace of the caller's
+            a.partial = <float *>scratch
+            a.partial_state = a.partial + plan.states * a.p.v_head_dim
+        if plan.states and a.arrivals == NULL:
+            reduction = device.kernel(family, reduction_name)
+        if cu is not None:  # rows of nobody: what is new must hold something
+            if result is not None:
+                fill_bytes(device, cnp.PyArray_DATA(o), 0, cnp.PyArray_NBYTES(o), handle)
+            if with_lse:
+                fill_words(device, a.p.lse, _MINUS_INFINITY, a.p.num_tokens * a.p.num_heads,
+                           handle)
+        if a.p.num_tokens and a.p.num_seqs:
+            launch(device, kernel, plan.tiles * a.p.num_kv_heads, 1, a.max_splits, handle, &a,
+                   sizeof(a))
+            if reduction != NULL:
+                launch(device, reduction, a.p.num_seqs, a.p.num_kv_heads,
+                       (a.split_rows + RF_WAVES - 1) // RF_WAVES, handle, &a, sizeof(a))
+    finally:
+        if lock is not None:
+            lock.release()
     return (out, lse) if with_lse else out
 
 

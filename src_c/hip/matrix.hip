@@ -36,8 +36,8 @@
  * log2(scale)
  * - m), with m the maximum of that, while the sum is of exp2(logit - m) and stays float32.
  *
- * A token that some row of a wave sees must have finite values: a row that does not see it weighs
- * them with 0. Those of tokens past the ends or in holes are set to zero.
+ * Tokens must have finite values: a row that does not see one weighs them with 0. Those of tokens
+ * past the ends or in holes are set to zero.
  *
  * LDS: 64 rows of the query: 8, 16 or 32 KiB.
  *
@@ -200,7 +200,7 @@ template <int DTYPE, int DIM> struct MatrixAttention {
             }
         }
     }
-    /* Those of tokens that are hidden from all rows are zeros: 0 times NaN would be NaN. */
+    /* Those of tokens past the ends or in holes are zeros: 0 times NaN would be NaN. */
     RF_DEVICE_MEMBER void read_values(const Step &step, int piece, Values &values) const {
         if (step.steady) {
             int64_t stride = fresh(a).p.v.token_stride * SIZE;

@@ -1,8 +1,9 @@
 /* New tokens' keys and values into their slots of the pool, quantised where the pool has 8 bits.
  *
  * Each vector (token, head, key or value) belongs to RF_WRITE_LANES lanes, which take its chunks of
- * 8 elements in turn: loads and stores of 16 bytes, neighbouring vectors in neighbouring lanes. The
- * scale of a token's vector needs the vector twice; the second time it comes from the cache.
+ * 8 elements in turn: loads and stores of 16 bytes, stores of 8 into a pool of 8 bits, neighbouring
+ * vectors in neighbouring lanes. The scale of a token's vector needs the vector twice; the second
+ * time it comes from the cache.
  * No LDS. The arithmetic that decides bits (division, rounding) is IEEE's, as the CPU's is. */
 #include "element.h"
 

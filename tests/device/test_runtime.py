@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -141,6 +143,54 @@ def test_graph_capture_and_replay_with_changed_contents(device):
         graph.launch(stream)
         got = out.numpy(stream)
         np.testing.assert_allclose(got, case.call(reference.paged_attention), atol=2e-6, rtol=2e-6)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_threads_on_one_stream(device, merge_by_last, last):
+    """They share the stream's scratch memory: nobody's parts are overwritten before the merge."""
+    merge_by_last(last)
+    problems = [make(FLOAT32, [1100 + 300 * i], heads=(4, 2), seed=i) for i in range(4)]
+    wants = [problem.call(reference.paged_attention) for problem in problems]
+    moved = [on(problem, device) for problem in problems]
+    hip.synchronize()
+    interval = sys.getswitchinterval()
+
+    def work(number):
+        for _ in range(12):
+            got = moved[number].call(ops.paged_attention).numpy()
+            np.testing.assert_allclose(got, wants[number], atol=2e-6, rtol=2e-6)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_a_workspace_serves_smaller_calls(device):
+    """Without determinism a smaller call is cut finer, and may need more than a large one."""
+    shape = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64, "max_seq_len": 8192}
+    options = {"deterministic": False, "device": device}
+    sizes = [
+        ops.attention_workspace_size(num_seqs=n, **shape, **options)
+        for n in range(1, 4 * device.compute_units)
+    ]
+    assert sizes == sorted(sizes)
+    workspace = hip.empty(sizes[-1], np.uint8, device)
+    for num_seqs in (1, 2, device.compute_units):
+        problem = on(make(FLOAT32, [40] * num_seqs, heads=(4, 1)), device)
+        bounds = {"workspace": workspace, "max_seq_len": 8192, "deterministic": False}
+        problem.call(ops.paged_attention, **bounds)
+    hip.synchronize()
+
+
+def test_a_cache_of_no_blocks_is_refused(device):
+    """The kernels read block 0 where a table's entry is masked."""
+    problem = on(make(FLOAT32, [3], heads=(4, 2)), device)
+    none = hip.empty((0, 2, 16, 64), FLOAT32, device)
+    with pytest.raises(ValueError, match="k_cache must have at least one block"):
+        problem.but(k_cache=none, v_cache=none).call(ops.paged_attention)
 
 
 def test_graphs_whose_last_workgroups_merge(device, merge_by_last):
