@@ -4,13 +4,15 @@
 
 /* What the processor has, and what its kernel says when it is asked. */
 static unsigned has;
-static int permits, requests, is_intel;
+static int permits, requests;
 enum { AVX2 = 7, AVX512 = 127, BF16 = 511, AMX_TILE = 1 << 9, AMX_BF16 = 1 << 10, AMX = 2047 };
 
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+
+static int is_intel;
 
 /* In the order of the bits. */
 static const char *const features[] = {"avx2",     "fma",        "f16c",
