@@ -158,9 +158,8 @@ class Bench:
         present = peers(problem, out.numpy(self.stream), self.stream.__cuda_stream__()[1])
         return once, {peer: self.seconds(in_turn(runs)) for peer, runs in present}
 
-    def write(self, tokens: int, heads: int, dim: int, dtype: str) -> float:
+    def write(self, tokens: int, heads: int, dim: int, dtype: str, moved: int) -> float:
         """Seconds of a write; quantised caches get a scale of each token."""
-        moved = 2 * tokens * heads * dim * (2 + resolve(dtype).itemsize)
         blocks = 2 * -(-tokens // 16) if self.quick else 8192
         count = 2 if self.quick else min(-(-CACHED // moved), blocks * 16 // tokens, 64)
         new = self.rng.standard_normal((count, 2, tokens, heads, dim), np.float32)
@@ -230,7 +229,7 @@ class Bench:
         for tokens, heads, dim, dtype in writes:
             moved = 2 * tokens * heads * dim * (2 + resolve(dtype).itemsize)
             name = f"write, {tokens:,} tokens, {heads} x {dim}, {dtype}"
-            found.append(self.row(name, self.write(tokens, heads, dim, dtype), moved))
+            found.append(self.row(name, self.write(tokens, heads, dim, dtype, moved), moved))
         return found
 
 

@@ -780,7 +780,7 @@ def test_environment():
         python(code, ROCMFORGE_CPU_ISA="portable", OMP_NUM_THREADS="7,2").stdout == "portable 7\n"
     )
     both = python(code, ROCMFORGE_NUM_THREADS="3", OMP_NUM_THREADS="7").stdout
-    assert both in [f"{isa} 3\n" for isa in _cpu.available_isas()]
+    assert both == f"{_cpu.available_isas()[0]} 3\n"
     assert python(code, ROCMFORGE_NUM_THREADS="lots", OMP_NUM_THREADS="0").returncode == 0
     bad = python(code, ROCMFORGE_CPU_ISA="mmx")
     assert bad.returncode == 1

@@ -291,7 +291,7 @@ def isa():
 
 
 def available_isas():
-    """Return the names of the variants that this processor can run, most instructions first."""
+    """Return the names of the variants that this processor can run, best first."""
     names = []
     cdef int i = 0
     while rf_cpu_isa_name(i) != NULL:

@@ -29,7 +29,7 @@ static int has_avx512bf16(void) {
 }
 /* Intel's dot product of bfloat16 takes twice as long as a multiply-add: without its AMX a Xeon
  * does prefill by AVX-512 in 0.61 of the time, decode in 0.8 to 1, verification in as much. */
-static int has_fast_dot(void) { return !__builtin_cpu_is("intel"); }
+static int has_slow_dot(void) { return __builtin_cpu_is("intel"); }
 
 /* AMX-TILE and AMX-BF16, which not every compiler's builtin knows. */
 static int processor_has_amx(void) {
@@ -65,7 +65,7 @@ static int has_or_emulates_amx(void) {
 #define PRODUCTS(name) WITH_BF16(name, CACHES(rf_products_##name[RF_BF16]))
 #define BOTH(...)      __VA_ARGS__, __VA_ARGS__
 
-/* Best first, for who does not ask by name. With few rows AMX gains nothing over AVX-512, and
+/* Best first, but for those that are slow here. With few rows AMX gains nothing over AVX-512, and
  * processors that have AMX take twice as long for a dot product of bfloat16 as for a multiply-add;
  * over float8 caches those have tables, which need VBMI. */
 #define AMX_FEW                                                                                    \
@@ -76,30 +76,41 @@ static int has_or_emulates_amx(void) {
         WITH_BF16(avx512, CACHES(rf_products_amx)), .write_ahead = 4096
 static const rf_variant variants[] = {
 #if defined(__x86_64__)
-#if !defined(RF_EMULATE_AMX)
+#if defined(RF_EMULATE_AMX)
+    {AMX_VARIANT, .available = has_or_emulates_amx, .is_slow = always},
+#else
     {AMX_VARIANT, .available = has_amx},
 #endif
     {"avx512bf16", &rf_kernels_avx512, BOTH(WITH_BF16(avx512, CACHES(rf_products_avx512bf16))),
-     .available = has_avx512bf16, .is_good = has_fast_dot},
+     .available = has_avx512bf16, .is_slow = has_slow_dot},
     {"avx512", &rf_kernels_avx512, BOTH(PRODUCTS(avx512)), .available = has_avx512},
     {"avx2", &rf_kernels_avx2, BOTH(PRODUCTS(avx2)), .available = has_avx2},
 #endif
     {"portable", &rf_kernels_portable, BOTH(PRODUCTS(portable)), .available = always},
-#if defined(RF_EMULATE_AMX) /* not best: for who asks by name */
-    {AMX_VARIANT, .available = has_or_emulates_amx},
-#endif
 };
 #define NUM_VARIANTS ((int)(sizeof variants / sizeof variants[0]))
 
-const char *rf_cpu_isa_name(int i) { return i >= 0 && i < NUM_VARIANTS ? variants[i].name : NULL; }
+/* Variant i, best first: those that are slow here are last, for who asks by name. */
+static const rf_variant *variant_at(int i) {
+    for (int slow = 0; slow < 2; slow++)
+        for (int j = 0; j < NUM_VARIANTS; j++)
+            if ((variants[j].is_slow && variants[j].is_slow()) == slow && i-- == 0)
+                return &variants[j];
+    return NULL;
+}
+
+const char *rf_cpu_isa_name(int i) {
+    const rf_variant *v = variant_at(i);
+    return v ? v->name : NULL;
+}
 
 int rf_cpu_isa_available(const char *isa) { return rf_find_variant(isa) != NULL; }
 
 const rf_variant *rf_find_variant(const char *isa) {
-    for (int i = 0; i < NUM_VARIANTS; i++) {
-        if (isa && strcmp(isa, variants[i].name) != 0) continue;
-        if (!isa && variants[i].is_good && !variants[i].is_good()) continue;
-        if (variants[i].available()) return &variants[i];
+    const rf_variant *v;
+    for (int i = 0; (v = variant_at(i)) != NULL; i++) {
+        if (isa && strcmp(isa, v->name) != 0) continue;
+        if (v->available()) return v;
         if (isa) return NULL;
     }
     return NULL;

@@ -101,7 +101,7 @@ typedef struct rf_variant {
     const rf_products *many[RF_NUM_WIDE_DTYPES][RF_NUM_CACHES];
     int write_ahead; /* bytes from what a large write copies to what it fetches; 0: nothing */
     int (*available)(void);
-    int (*is_good)(void); /* whether it is better than what comes behind it; NULL: always */
+    int (*is_slow)(void); /* whether this processor is better served by others; NULL: never */
 } rf_variant;
 
 static inline const rf_products *rf_products_of(const rf_variant *v, int64_t rows, int dtype,

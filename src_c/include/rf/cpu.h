@@ -34,7 +34,7 @@ int64_t rf_cpu_busy_ns(const rf_cpu *cpu);
 /* Processors this process may run on (its affinity mask), at least 1. */
 int rf_cpu_online(void);
 
-/* Name of variant i, most instructions first; NULL past the last that was compiled in. */
+/* Name of variant i, best first; NULL past the last that was compiled in. */
 const char *rf_cpu_isa_name(int i);
 /* 1 when this processor and its kernel can run the variant. */
 int rf_cpu_isa_available(const char *isa);
