@@ -4,7 +4,8 @@
  * parallel region waits for every thread to wake, also when the caller could have done all the work
  * by then; its threads spin for milliseconds after a region and take the processor from the matrix
  * product that comes next; and a wheel would depend on the compiler's runtime library. Here a
- * region ends when its tasks are done, by whomever, so a worker that wakes late costs nothing. */
+ * region ends when its tasks are done, by whomever, so a worker that wakes late costs nothing.
+ * Workers are kept off the processor that the caller is on. */
 #ifndef RF_CPU_POOL_H
 #define RF_CPU_POOL_H
 
@@ -17,15 +18,18 @@
 /* worker: 0 .. threads - 1, a different one for each thread that is in the region. */
 typedef void (*rf_task_fn)(void *arg, int64_t task, int worker);
 
+typedef struct rf_worker rf_worker;
+
 typedef struct rf_pool {
     _Atomic int32_t busy;  /* 1 while a caller owns the pool */
     _Atomic int64_t owner; /* process that started the workers; they do not exist in its children */
     int32_t started;       /* workers running, the caller not counted */
     _Atomic int32_t threads; /* asked for, the caller counted */
-    int32_t capacity;        /* of ids */
+    int32_t capacity;        /* of workers */
+    int32_t caller;          /* the processor that workers were kept off last, or -1 */
     _Atomic int32_t moved;   /* 1 when workers that were started have another set of processors */
     uint64_t processors[RF_MAX_PROCESSORS / 64]; /* a bit each; none: where the caller may run */
-    pthread_t *ids;                              /* [started] */
+    rf_worker *workers;                          /* [started] */
 
     pthread_mutex_t lock; /* only for going to sleep and being woken */
     pthread_cond_t wake;  /* workers wait here */

@@ -63,44 +63,87 @@ static void change_threads(rf_pool *p) {
 }
 
 #if defined(__linux__) && !defined(RF_EMULATED)
-static _Atomic int bound_to; /* the processor that workers find themselves bound to, or -1 */
+enum { NOWHERE = 0, ON_0 = 1, ON_1 = 2, ON_BOTH = 3 };
 
-static void look(void *arg, int64_t task, int worker) {
-    (void)arg, (void)task;
+static void bind_this(int where) {
     cpu_set_t set;
-    if (worker != 0 && sched_getaffinity(0, sizeof set, &set) == 0)
-        atomic_store(&bound_to, CPU_COUNT(&set) == 1 && CPU_ISSET(0, &set) ? 0 : -1);
-    while (atomic_load(&bound_to) == -2) usleep(100); /* until a worker has come */
+    CPU_ZERO(&set);
+    if (where & ON_0) CPU_SET(0, &set);
+    if (where & ON_1) CPU_SET(1, &set);
+    CHECK(sched_setaffinity(0, sizeof set, &set) == 0);
 }
 
-static int workers_bound(rf_pool *p) {
-    atomic_store(&bound_to, -2);
+static int where_this(void) {
+    cpu_set_t set;
+    CHECK(sched_getaffinity(0, sizeof set, &set) == 0);
+    return (CPU_ISSET(0, &set) ? ON_0 : 0) | (CPU_ISSET(1, &set) ? ON_1 : 0);
+}
+
+static _Atomic int found; /* where the worker may run, of processors 0 and 1; NOWHERE: not yet */
+
+static void look(void *arg, int64_t task, int worker) {
+    (void)task;
+    if (worker != 0) {
+        if (arg) bind_this(*(int *)arg);
+        atomic_store(&found, where_this());
+    }
+    while (atomic_load(&found) == NOWHERE) usleep(100); /* until the worker has come */
+}
+
+/* What the only worker finds in a region for which it has to be woken; it binds itself first, if
+ * told to. */
+static int worker_of(rf_pool *p, int caller, int *bind_it_to) {
+    while (rf_pool_polling(p)) usleep(100);
+    bind_this(caller);
+    atomic_store(&found, NOWHERE);
     CHECK(rf_pool_enter(p));
-    CHECK(rf_pool_ready(p, 50) > 1);
-    rf_pool_run(p, look, NULL, 50);
+    CHECK(rf_pool_ready(p, 50) == 2);
+    rf_pool_run(p, look, bind_it_to, 50);
     rf_pool_leave(p);
-    return atomic_load(&bound_to) == 0;
+    return atomic_load(&found);
 }
 
 static void bind(rf_pool *p) {
-    cpu_set_t before, one;
-    uint64_t set[RF_MAX_PROCESSORS / 64] = {1}, none[RF_MAX_PROCESSORS / 64] = {0};
+    uint64_t set[RF_MAX_PROCESSORS / 64] = {0};
+    cpu_set_t before;
     CHECK(sched_getaffinity(0, sizeof before, &before) == 0);
-    if (!CPU_ISSET(0, &before) || CPU_COUNT(&before) < 2) return;
-    CHECK(!workers_bound(p));
-    rf_pool_set_processors(p, set); /* moves those that run */
-    CHECK(workers_bound(p));
+    if (where_this() != ON_BOTH) return;
+    rf_pool_set_threads(p, 2);
+
+    /* Kept off the caller's processor, wherever that goes, from the first region on. */
+    CHECK(worker_of(p, ON_BOTH, NULL) != NOWHERE);
+    CHECK(worker_of(p, ON_0, NULL) == ON_1);
+    CHECK(worker_of(p, ON_1, NULL) == ON_0);
+    CHECK(worker_of(p, ON_0, NULL) == ON_1);
     regions(p);
-    rf_pool_set_processors(p, none);
-    CHECK(!workers_bound(p));
-    CPU_ZERO(&one);
-    CPU_SET(0, &one); /* a caller that is bound has workers that are not, if it says so */
-    CHECK(sched_setaffinity(0, sizeof one, &one) == 0);
-    set[0] = 3;
+
+    /* Who binds it from outside is obeyed, and may let it go again. */
+    int where = ON_0;
+    CHECK(worker_of(p, ON_0, &where) == ON_0);
+    CHECK(worker_of(p, ON_1, NULL) == ON_0);
+    CHECK(worker_of(p, ON_0, NULL) == ON_0); /* it has no other */
+    where = ON_BOTH;
+    CHECK(worker_of(p, ON_0, &where) == ON_BOTH);
+    CHECK(worker_of(p, ON_1, NULL) == ON_0);
+    CHECK(worker_of(p, ON_0, NULL) == ON_1);
+
+    set[0] = ON_0;
+    rf_pool_set_processors(p, set); /* moves the one that runs */
+    CHECK(worker_of(p, ON_0, NULL) == ON_0);
+    CHECK(worker_of(p, ON_1, NULL) == ON_0);
+    regions(p);
+    set[0] = NOWHERE; /* where the caller may run */
     rf_pool_set_processors(p, set);
-    CHECK(!workers_bound(p));
-    rf_pool_set_processors(p, none);
-    CHECK(workers_bound(p));
+    CHECK(worker_of(p, ON_0, NULL) == ON_0);
+    CHECK(worker_of(p, ON_1, NULL) == ON_0);
+    set[0] = ON_BOTH; /* a caller that is bound has workers that are not, if it says so */
+    rf_pool_set_processors(p, set);
+    CHECK(worker_of(p, ON_0, NULL) == ON_1);
+    CHECK(worker_of(p, ON_1, NULL) == ON_0);
+
+    set[0] = NOWHERE;
+    rf_pool_set_processors(p, set);
+    rf_pool_set_threads(p, 3);
     CHECK(sched_setaffinity(0, sizeof before, &before) == 0);
 }
 #endif
