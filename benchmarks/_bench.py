@@ -1,11 +1,14 @@
 """What the benchmarks share: a timer that takes medians, a table, and a line about the machine."""
 
+import contextlib
 import gc
 import os
+import pathlib
 import platform
 import statistics
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -47,6 +50,30 @@ def median_once(prepare: Callable[[], Callable[[], object]], *, repeats: int = 5
         function()
         runs.append(time.perf_counter() - start)
     return statistics.median(runs)
+
+
+@contextlib.contextmanager
+def threads_apart() -> Iterator[None]:
+    """Within it, this thread has the first processor, and those that there are have the others.
+
+    Where the scheduler wakes a thread on the processor of who woke it, the two take turns: a read
+    that takes as long as a time slice or two then gets what one thread gets, now and then.
+    """
+    tasks = pathlib.Path("/proc/self/task")
+    before: dict[int, set[int]] = {}
+    if tasks.exists() and len(os.sched_getaffinity(0)) > 1:
+        first, *others = sorted(os.sched_getaffinity(0))
+        for thread in map(int, os.listdir(tasks)):
+            with contextlib.suppress(OSError):  # it has ended
+                before[thread] = os.sched_getaffinity(thread)
+                here = {first} if thread == threading.get_native_id() else set(others)
+                os.sched_setaffinity(thread, here)
+    try:
+        yield
+    finally:
+        for thread, processors in before.items():
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(thread, processors)
 
 
 def resident_bytes() -> int:

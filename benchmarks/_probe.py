@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import pathlib
 import shutil
 import subprocess
@@ -36,6 +37,7 @@ class Probe:
         "the next block into the second level",
         "16 KiB ahead into the second level",
         "four places of the next block in turn into the second level",
+        "the same, and before it a line of each page of what comes next",
     )
 
     def __init__(self) -> None:
@@ -57,6 +59,9 @@ class Probe:
         }.items():
             function = getattr(self._c, name)
             function.restype, function.argtypes = _DOUBLE, arguments
+        if hasattr(os, "sched_getaffinity"):  # one thread on each processor
+            processors = sorted(os.sched_getaffinity(0))
+            self._c.probe_bind((_INT * len(processors))(*processors), len(processors))
 
     def sequential(self, array: np.ndarray, threads: int, how: int) -> float:
         """Seconds of reading an array from end to end; how: one of SEQUENTIAL."""

@@ -6,9 +6,11 @@ Each result is checked against the float64 oracle before it is timed. Problems r
 memory than the caches hold, in random order of blocks. Bare reads of the same blocks ("paged"),
 reads from end to end ("sequential") and the peers are timed in turn with ours, because a shared
 machine's bandwidth changes from second to second; every number is the median of its turns, and of
-the ways to read the fastest counts. Peers are optional: PyTorch, which gathers the blocks and calls
-scaled_dot_product_attention, vLLM's CPU attention and write, and OpenVINO's PagedAttention (blocks
-of 32, HND, float32 and bfloat16).
+the ways to read the fastest counts. All run with each thread on a processor of its own: a scheduler
+that leaves virtual processors idle made two threads take turns on one, and what takes 5 ms took as
+long with two threads as with one, every other time. Peers are optional: PyTorch, which gathers the
+blocks and calls scaled_dot_product_attention, vLLM's CPU attention and write, and OpenVINO's
+PagedAttention (blocks of 32, HND, float32 and bfloat16).
 """
 
 import argparse
@@ -22,7 +24,7 @@ import ml_dtypes
 import numpy as np
 
 import _peers
-from _bench import machine, median_seconds, print_table
+from _bench import machine, median_seconds, print_table, threads_apart
 from _probe import Probe, aligned_zeros
 from rocmforge import KVCache, reference
 from rocmforge.dtypes import NAMES, resolve
@@ -163,15 +165,17 @@ class Problem:
 def in_turn(problem: Problem, runs: dict[str, Run], repeats: int) -> dict[str, float]:
     """Median seconds of each, one after the other, each on other blocks."""
     taken: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, run in runs.items():
+    for run in runs.values():  # starts their threads
+        run(problem.table())
+    with threads_apart():
+        for _, (name, run) in itertools.product(range(repeats), runs.items()):
             table = problem.table()
             time.sleep(0.01)  # until the threads of who came before have stopped polling
             start = time.perf_counter()
             seconds = run(table)
             wall = time.perf_counter() - start
             taken[name].append(seconds if isinstance(seconds, float) else wall)
-    return {name: statistics.median(times[1:] or times) for name, times in taken.items()}
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def best_of(seconds: dict[str, float], kind: str) -> float | None:
@@ -216,7 +220,7 @@ def decode(args: argparse.Namespace, probe: Probe) -> None:
                 if not args.no_peers:
                     runs |= _peers.attention_peers(problem, threads)
                 repeats = max(3, min(args.repeats, int(args.repeats * 3e8 / problem.nbytes)))
-                seconds = in_turn(problem, runs, repeats + 1)
+                seconds = in_turn(problem, runs, repeats)
                 ours, paged, sequential, *peers = (
                     best_of(seconds, kind) for kind in ("ours", "paged", "sequential", *PEERS)
                 )
@@ -279,7 +283,7 @@ def prefill(args: argparse.Namespace, probe: Probe) -> None:
             runs: dict[str, Run] = {"ours": problem.ours, "peak": peak}
             if not args.no_peers:
                 runs |= _peers.attention_peers(problem, threads)
-            seconds = in_turn(problem, runs, max(2, args.repeats // 3) + 1)
+            seconds = in_turn(problem, runs, max(2, args.repeats // 3))
             ours = seconds["ours"]
             rates = [f"{problem.flops / s / 1e9:.0f}" for s in (ours, seconds["peak"])]
             rows.append(
@@ -404,19 +408,22 @@ def write_and_copy(
     cache, as what a layer has just computed is.
     """
     taken: dict[str, list[float]] = {name: [] for name in [*writes, "copy"]}
-    for _ in range(repeats + 1):
-        for name, write in writes.items():
-            seconds = []
-            time.sleep(0.01)  # until the threads of who came before have stopped polling
-            for some in (slots(), slots()):
-                start = time.perf_counter()
-                write(some)
-                seconds.append(time.perf_counter() - start)
-            taken[name].append(min(seconds))
-        time.sleep(0.01)
-        rate = probe.copy(source, memory.take(source.nbytes), threads)
-        taken["copy"].append(source.nbytes / rate)
-    return {name: statistics.median(times[1:]) for name, times in taken.items()}
+    for write in writes.values():  # starts their threads
+        write(slots())
+    with threads_apart():
+        for _ in range(repeats):
+            for name, write in writes.items():
+                seconds = []
+                time.sleep(0.01)  # until the threads of who came before have stopped polling
+                for some in (slots(), slots()):
+                    start = time.perf_counter()
+                    write(some)
+                    seconds.append(time.perf_counter() - start)
+                taken[name].append(min(seconds))
+            time.sleep(0.01)
+            rate = probe.copy(source, memory.take(source.nbytes), threads)
+            taken["copy"].append(source.nbytes / rate)
+    return {name: statistics.median(times) for name, times in taken.items()}
 
 
 def calls(args: argparse.Namespace) -> None:

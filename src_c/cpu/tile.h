@@ -92,7 +92,11 @@ static void prefetch_scales(const rf_scales *s, const int64_t *off, int n, int32
  * vectors a line, got 11.0 to 11.7 GB/s from one place, 12.5 to 13.3 from two, 13.2 to 14.7 from
  * four, where memory gives 13.6 to 14.9 and the caches 24. Decode of 8 x 2,048 on one thread took
  * 0.76 (int8) to 0.89 (float32) of the time from four places, as much from eight, 0.87 to 0.92
- * from two. Places were not tried on Zen 4. */
+ * from two. Places were not tried on Zen 4.
+ * Where a page of 4 KiB is translated anew, a bare read gains 5 to 12% from asking for a line of
+ * each page before it asks for the rest. Here that lost: 12 to 18% where the pages of a phase were
+ * asked for in the phase before, all at once or some with each head, and nothing was gained or lost
+ * with each place's next page a head before; the list of pages alone took 3%. */
 #define RF_STREAMS 4
 typedef struct rf_rows_ahead {
     const char *row[RF_MANY_TILE * RF_MAX_HEADS + RF_SLACK];
