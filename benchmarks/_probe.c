@@ -43,7 +43,7 @@ static double now(void) {
 
 static int processors[1024], num_processors;
 
-/* Threads i are on processor i of these, modulo how many there are; none: wherever. */
+/* Thread i is on processor i of these, modulo how many there are; none: wherever. */
 void probe_bind(const int *numbers, int n) {
     num_processors = n < 1024 ? n : 1024;
     for (int i = 0; i < num_processors; i++) processors[i] = numbers[i];
